@@ -1,0 +1,52 @@
+# nanoChimera: `make demo` to see it train and write, `make test` to check it. Both set up .venv by themselves.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+# the corpus and the GPT-2 tokenizer, where they are kept beside the repository
+ifneq ($(wildcard ../shared/data/tinyshakespeare.txt),)
+export TINYSHAKESPEARE ?= $(CURDIR)/../shared/data/tinyshakespeare.txt
+endif
+ifneq ($(wildcard ../shared/data/tiktoken_cache),)
+export TIKTOKEN_CACHE_DIR ?= $(CURDIR)/../shared/data/tiktoken_cache
+endif
+
+.PHONY: help demo test lint clean
+
+help:  ## list these commands (the default)
+	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.core data/shakespeare_char/train.bin  ## train a small model on Shakespeare (2 minutes on a CPU), sample
+	config=$$($(BIN)/python -c "import torch; print('train_shakespeare_char' if torch.cuda.is_available() else 'demo')") && \
+	$(BIN)/python train.py config/$$config.py --out_dir=out-demo && \
+	$(BIN)/python sample.py --out_dir=out-demo --num_samples=1
+
+test: $(VENV)/.dev  ## run the test suite; ARGS="-k cache -x" goes to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff: errors and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove .venv and caches; data and runs stay
+	rm -rf $(VENV) *.egg-info build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# pip comes last when a venv is made, so an interrupted one is made again
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# stamps: installed once, and again when the dependencies change
+$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) -e '.[dev]'
+	touch $(VENV)/.core $@
+
+data/shakespeare_char/train.bin: | $(VENV)/.core
+	$(BIN)/python data/shakespeare_char/prepare.py

@@ -1,0 +1,493 @@
+"""
+nanoChimera: one GPT, many strange ideas, each behind a flag.
+
+`GPTConfig()` with everything off is GPT-2 as nanoGPT builds it, to the parameter name. Every flag keeps the same
+contracts (tests/test_contracts.py): causal, prefix-consistent, batch-independent, decoded incrementally, trained by
+gradients that arrive, and measured against the same control.
+
+    model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65))
+    logits, loss = model(idx, targets)                # idx, targets (B, T); -1 in targets is ignored
+    tokens = model.generate(idx, 100, temperature=0)  # cached decoding
+    GPTConfig(mlp_act="relu2", pos_embedding="none")  # switch things
+
+References: nanoGPT (github.com/karpathy/nanoGPT); GPT-2 (Radford et al. 2019).
+"""
+
+import math
+import os
+import pickle
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: the single source of every model flag. configurator.py reads names, types, defaults and comments here.
+
+
+@dataclass
+class GPTConfig:
+    """Everything that shapes the model. ValueError, naming the flags, for what makes no sense."""
+
+    # -- model size ---------------------------------------------------------------------------------------------------
+    block_size: int = 1024  # longest context in tokens
+    vocab_size: int = 50304  # token ids; train.py takes the data set's (GPT-2's 50257 is padded to a multiple of 64)
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads a block
+    n_embd: int = 768  # width of the residual stream
+    dropout: float = 0.0  # on embeddings, attention weights and sublayer outputs; 0 for pre-training, 0.1+ to fine-tune
+    bias: bool = True  # biases in linear layers and layer norms, as in GPT-2; False is a bit better and faster
+    # -- model controls -----------------------------------------------------------------------------------------------
+    mlp_act: str = "gelu"  # "gelu" (exact, nanoGPT) | "gelu_tanh" (OpenAI's GPT-2) | "relu2" (squared ReLU)
+    pos_embedding: str = "learned"  # "learned" (a table of block_size rows) | "none" (only causality tells the order)
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
+        one_of(self, "mlp_act", ACTIVATIONS)
+        one_of(self, "pos_embedding", ("learned", "none"))
+
+
+def one_of(config, name, choices):
+    """Refuse a flag whose value is none of `choices`, naming them."""
+    if getattr(config, name) not in choices:
+        raise ValueError(f"{name}={getattr(config, name)!r}: must be one of {', '.join(choices)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small parts: activations and what a model remembers while it decodes.
+
+
+def relu2(x):
+    """max(x, 0)^2, of the same shape. Source: Primer, So et al. 2021, arXiv 2109.08668."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu2": relu2,
+}
+
+
+class DecodingState:
+    """What a model remembers of the tokens it has read, so that the next one costs a step and not a sequence.
+
+    `pos` is how many tokens were read. `state.of(module)` is a dict that belongs to that module alone, empty at first:
+    keys and values, a recurrent field, a window, a running mean. One state serves one batch of sequences.
+    """
+
+    def __init__(self):
+        self.pos = 0
+        self.stores = {}
+
+    def of(self, module):
+        return self.stores.setdefault(module, {})
+
+    def nbytes(self):
+        """Bytes of all tensors held, spare room of growing buffers included."""
+        tensors = [t for store in self.stores.values() for t in store.values() if torch.is_tensor(t)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def append_kv(store, k, v):
+    """Add k, v (B, nh, t, hs) to a layer's store; returns all n so far, (B, nh, n, hs) each.
+
+    The buffer doubles when it is full, so a token costs O(1) copies, whatever the length.
+    """
+    start = store.get("n", 0)
+    n = start + k.size(2)
+    if "kv" not in store or n > store["kv"].size(3):
+        B, nh, _, hs = k.shape
+        grown = k.new_empty(2, B, nh, max(64, 2 * n), hs)
+        if start:
+            grown[..., :start, :] = store["kv"][..., :start, :]
+        store["kv"] = grown
+    store["kv"][0, :, :, start:n] = k
+    store["kv"][1, :, :, start:n] = v
+    store["n"] = n
+    return store["kv"][0, :, :, :n], store["kv"][1, :, :, :n]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token mixer: causal softmax attention.
+#   y_t = sum_{s <= t} softmax_s(q_t k_s / sqrt(hs)) v_s, per head; x (B, T, C) -> (B, T, C)
+# O(T^2) in training, O(T) a token in decoding, with a state of 2 C numbers a token. Vaswani et al. 2017.
+
+
+def causal_attention(q, k, v, dropout=0.0):
+    """softmax(q k^T / sqrt(hs)) v over keys at or before the query; q, k, v and the result (B, nh, T, hs).
+
+    bfloat16 on a CPU takes two batched matmuls for short T: SDPA's flash kernel is slower there (docs/results.md).
+    """
+    B, nh, T, hs = q.shape
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512:
+        mask = q.new_full((T, T), -torch.inf).triu(1)
+        att = torch.baddbmm(mask, q.reshape(-1, T, hs), k.reshape(-1, T, hs).mT, alpha=hs**-0.5).softmax(-1)
+        return (F.dropout(att, dropout) @ v.reshape(-1, T, hs)).view(B, nh, T, hs)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, state=None):
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))  # (B,nh,T,hs)
+        if state is not None:
+            k, v = append_kv(state.of(self), k, v)  # (B, nh, past + T, hs)
+        if k.size(2) == T:
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        else:  # new tokens after old ones: new token i sees all the old and the new up to itself
+            mask = None if T == 1 else q.new_ones(T, k.size(2), dtype=torch.bool).tril(k.size(2) - T)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+    def flops_per_token(self, T):
+        """Forward FLOPs besides the linear layers: scores and mixing over the (T + 1) / 2 keys seen on average."""
+        return 4 * self.c_proj.in_features * (T + 1) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Channel mixer: the two-layer perceptron, y = W2 act(W1 x), hidden width 4C; (B, T, C) -> (B, T, C).
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.act = ACTIVATIONS[config.mlp_act]
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Block and GPT.
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, state=None):
+        x = x + self.attn(self.ln_1(x), state)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The model. `losses` holds the last forward's loss components by name, detached (0-d tensors, nats)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.losses = {}
+        parts = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.pos_embedding == "learned":
+            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        parts["drop"] = nn.Dropout(config.dropout)
+        parts["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        parts["ln_f"] = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.transformer = nn.ModuleDict(parts)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # tied, Press & Wolf 2017
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # 2 n_layer of these add up in the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @property
+    def max_positions(self):
+        """How many tokens the model can place: block_size, or None where positions come from the dynamics alone."""
+        return self.config.block_size if self.config.pos_embedding == "learned" else None
+
+    def forward(self, idx, targets=None, state=None):
+        """Logits and loss of a batch of tokens.
+
+        idx (B, T) int64; targets (B, T) int64 with -1 where there is nothing to predict; state: a DecodingState that
+        holds the tokens before idx, and is advanced over them. Returns logits (B, T, V) and the loss, a 0-d tensor in
+        nats a token; without targets the logits of the last position, (B, 1, V), and None. ValueError for more tokens
+        than the model has positions.
+        """
+        T, past = idx.size(1), 0 if state is None else state.pos
+        if self.max_positions is not None and past + T > self.max_positions:
+            raise ValueError(f"{past + T} tokens, but block_size is {self.max_positions}")
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if self.config.pos_embedding == "learned":
+            x = x + self.transformer.wpe.weight[past : past + T]
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, state)
+        if state is not None:
+            state.pos += T
+        if targets is None:
+            return self.lm_head(self.transformer.ln_f(x[:, -1:])), None
+        logits = self.lm_head(self.transformer.ln_f(x))
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        self.losses = {"lm": loss.detach()}
+        return logits, loss
+
+    # Text -----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
+               repetition_window=None, use_cache=True, generator=None):  # fmt: skip
+        """Yield one new token a sequence at a time, (B, 1) int64, after the prompts idx (B, T); see `generate`."""
+        if idx.dim() != 2 or idx.size(1) == 0:
+            raise ValueError(f"the prompt must be (B, T) with T >= 1, not {tuple(idx.shape)}")
+        training, limit = self.training, self.max_positions
+        state = DecodingState() if use_cache else None
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                if state is None or (limit is not None and idx.size(1) > limit):
+                    logits, _ = self(idx if limit is None else idx[:, -limit:])  # a learned position table: slide
+                else:
+                    logits, _ = self(idx[:, state.pos :], state=state)
+                new = next_token(logits[:, -1].float(), idx, temperature, top_k, top_p, min_p, repetition_penalty,
+                                 repetition_window, generator)  # fmt: skip
+                idx = torch.cat((idx, new), dim=1)
+                yield new
+        finally:
+            self.train(training)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
+                 use_cache=True, generator=None, repetition_window=None):  # fmt: skip
+        """The prompts idx (B, T) int64 followed by max_new_tokens sampled tokens: (B, T + max_new_tokens).
+
+        temperature 0 is greedy. top_k, top_p and min_p cut the tail, in that order. repetition_penalty r divides a seen
+        token's logit by r if it is positive and multiplies it if negative, before the temperature; repetition_window
+        limits "seen" to the last so many tokens. use_cache=False recomputes everything for each token, with the same
+        result. Beyond block_size a model with learned positions slides its window, others go on from their state.
+        ValueError for settings out of range.
+        """
+        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, repetition_window,
+                          use_cache, generator)  # fmt: skip
+        return torch.cat((idx, *new), dim=1)
+
+    # Training -------------------------------------------------------------------------------------------------------
+
+    def num_params(self, non_embedding=True):
+        """Number of parameters, position table left out by default as in nanoGPT (token embeddings serve the head)."""
+        n = sum(p.numel() for p in self.parameters())
+        if non_embedding and self.config.pos_embedding == "learned":
+            n -= self.transformer.wpe.weight.numel()
+        return n
+
+    def flops_per_token(self, T=None):
+        """Training FLOPs a token at context T (default block_size): forward, and twice that backward.
+
+        2 a weight of every linear layer, plus what each module says of itself in its own `flops_per_token`.
+        """
+        T = T or self.config.block_size
+        linear = sum(2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        own = sum(m.flops_per_token(T) for m in self.modules() if m is not self and hasattr(m, "flops_per_token"))
+        return 3 * (linear + own)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW, fused where PyTorch has it. Matrices decay; vectors and scalars (norms, biases, gains) do not."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cpu", "cuda", "mps"))
+
+    def crop_block_size(self, block_size):
+        """Shorten the context, e.g. of a pre-trained model. ValueError if it would have to grow."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"cannot grow block_size from {self.config.block_size} to {block_size}")
+        self.config.block_size = block_size
+        if self.config.pos_embedding == "learned":
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+
+    # Checkpoints and Hugging Face -----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, **overrides):
+        """The model in a dict from `load_checkpoint`, nanoGPT's included; overrides replace config fields (dropout).
+
+        CheckpointError if its flags or tensors are not this version's.
+        """
+        args = checkpoint["model_args"] | overrides
+        unknown = sorted(args.keys() - {f.name for f in fields(GPTConfig)})
+        if unknown:
+            raise CheckpointError(f"the checkpoint has flags this version does not know: {', '.join(unknown)}")
+        try:
+            model = cls(GPTConfig(**args))
+            model.load_state_dict(checkpoint["model"])
+        except (ValueError, TypeError, RuntimeError) as e:
+            raise CheckpointError(f"the checkpoint does not fit its own flags: {e}") from e
+        return model
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir, **overrides):
+        """GPT-2 weights: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a local Hugging Face directory.
+
+        overrides replace config fields (dropout). Needs `transformers`. ValueError for anything that is not plain
+        GPT-2, OSError if it cannot be read or downloaded.
+        """
+        from transformers import GPT2LMHeadModel
+
+        if name_or_dir not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not Path(name_or_dir).is_dir():
+            raise ValueError(f"{name_or_dir}: neither gpt2, gpt2-medium, gpt2-large, gpt2-xl nor a directory")
+        hf = GPT2LMHeadModel.from_pretrained(name_or_dir)
+        c = hf.config
+        plain = {"model_type": "gpt2", "n_inner": (None, 4 * c.n_embd), "layer_norm_epsilon": 1e-5}
+        plain |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+        plain |= {"add_cross_attention": False, "activation_function": tuple(HF_ACTIVATIONS.values())}
+        for key, want in plain.items():
+            value = getattr(c, key)
+            if value not in want if isinstance(want, tuple) else value != want:
+                raise ValueError(f"{name_or_dir}: {key}={value!r} is not plain GPT-2 ({want!r})")
+        act = next(ours for ours, theirs in HF_ACTIVATIONS.items() if theirs == c.activation_function)
+        args = {"block_size": c.n_positions, "vocab_size": c.vocab_size, "mlp_act": act}
+        args |= {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
+        model = cls(GPTConfig(**args | overrides))
+        model.load_state_dict(transpose_conv1d(hf.state_dict()))
+        return model
+
+    def export_hf(self, directory):
+        """Write a plain GPT-2 Hugging Face directory (config.json and safetensors); needs `transformers`.
+
+        ValueError if a flag is on that GPT-2 does not have. Missing biases are written as zeros.
+        """
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        c = self.config
+        shared = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "mlp_act")
+        plain = GPTConfig(**{name: getattr(c, name) for name in shared})
+        flags = [f.name for f in fields(c) if getattr(c, f.name) != getattr(plain, f.name)]
+        if flags:
+            raise ValueError(f"GPT-2 has no {', '.join(flags)}: only a plain model can be exported")
+        hf = GPT2LMHeadModel(GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            activation_function=HF_ACTIVATIONS[c.mlp_act], bos_token_id=None, eos_token_id=None,
+            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+        ))  # fmt: skip
+        zeros = {k: torch.zeros_like(v) for k, v in hf.state_dict().items() if k.endswith(".bias")}
+        hf.load_state_dict(zeros | transpose_conv1d(self.state_dict()))
+        hf.save_pretrained(directory)
+
+
+def next_token(logits, idx, temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, generator):
+    """Sample (B, 1) token ids from logits (B, V) after the tokens idx (B, T). See `GPT.generate`."""
+    if temperature < 0 or repetition_penalty <= 0:
+        raise ValueError("temperature must be >= 0 and repetition_penalty > 0")
+    if (top_k is not None and top_k < 1) or not all(p is None or 0 <= p <= 1 for p in (top_p, min_p)) or top_p == 0:
+        raise ValueError("top_k must be >= 1, top_p in (0, 1], min_p in [0, 1]")
+    if repetition_penalty != 1.0:
+        seen = idx if repetition_window is None else idx[:, max(0, idx.size(1) - repetition_window) :]
+        score = logits.gather(1, seen)
+        score = torch.where(score > 0, score / repetition_penalty, score * repetition_penalty)
+        logits = logits.scatter(1, seen, score)
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:  # the fewest tokens whose probabilities reach top_p
+        sorted_probs, order = logits.softmax(-1).sort(descending=True)
+        beyond = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # reached before this token
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    probs = logits.softmax(-1)
+    if min_p is not None:
+        probs = probs * (probs >= min_p * probs.amax(-1, keepdim=True))
+    return torch.multinomial(probs, 1, generator=generator)
+
+
+# OpenAI's GPT-2 keeps its linear maps as Conv1D, (in, out): these four are transposed on the way in and out.
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu2": "relu2"}
+
+
+def transpose_conv1d(weights):
+    return {k: v.t() if k.endswith(CONV1D) else v for k, v in weights.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoint files: written whole or not at all, read without running what they hold.
+
+CHECKPOINT_FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, unsafe or of another version; the message says what to do."""
+
+
+def save_checkpoint(path, checkpoint):
+    """torch.save to `path` so that a kill at any instant leaves the old file or the new one, never half of one.
+
+    CheckpointError if it cannot be written (a full disk, say); the old file is then still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint | {"format": CHECKPOINT_FORMAT}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # the rename itself reaches the disk only with its directory
+            directory = os.open(path.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+    except (OSError, RuntimeError) as e:
+        temporary.unlink(missing_ok=True)
+        cause = e if isinstance(e, OSError) else e.__context__  # torch's zip writer raises its own error on top
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointError(f"{path}: cannot be written ({cause.strerror}); an older one is untouched") from e
+
+
+def load_checkpoint(path, map_location="cpu"):
+    """The dict in a checkpoint file of nanoChimera or nanoGPT, with `model` as a clean state dict.
+
+    Read with weights_only=True: tensors and plain values, never code. CheckpointError, one line, for anything else.
+    """
+    path = Path(path)
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint; train one first, or set --out_dir") from None
+    except pickle.UnpicklingError as e:
+        if "Unsupported" in str(e) or "GLOBAL" in str(e):
+            raise CheckpointError(f"{path}: holds code, not only tensors; refused, nothing in it was run") from e
+        raise CheckpointError(f"{path}: damaged or not a checkpoint; restore a copy or train again") from e
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        raise CheckpointError(f"{path}: truncated or damaged; restore a copy or train again") from e
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise CheckpointError(f"{path}: a PyTorch file, but no checkpoint of nanoChimera or nanoGPT")
+    version = checkpoint.get("format", 0)  # nanoGPT's own has none
+    if version > CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{path}: format {version}, but this version reads up to {CHECKPOINT_FORMAT}; update")
+    # nanoGPT: torch.compile's prefix, and the causal mask that it keeps as a buffer without flash attention
+    weights = {k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
+    checkpoint["model"] = {k: v for k, v in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+    return checkpoint

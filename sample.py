@@ -1,0 +1,168 @@
+"""
+Write text with a trained model.
+
+    python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --max_new_tokens=300
+    python sample.py --init_from=gpt2 --start="The answer is" --temperature=0 --stream
+    cat prompt.txt | python sample.py --start=- --stop="\n\n"
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import configurator
+from configurator import ROOT, ConfigError
+from data.corpus import DataError, build_tokenizer, load_meta, load_tokenizer
+from model import GPT, CheckpointError, load_checkpoint, one_of
+from train import pick_device, pick_dtype
+
+
+@dataclass
+class SampleConfig:
+    """What to write with; ValueError for values that make no sense."""
+
+    # -- model --------------------------------------------------------------------------------------------------------
+    init_from: str = "resume"  # "resume" (the checkpoint in out_dir) | "gpt2*" | a Hugging Face folder
+    out_dir: str = "out"  # the run's folder
+    checkpoint: str = ""  # a file in out_dir; empty = ckpt.pt (best), else ckpt_last.pt
+    data_dir: str = ""  # where the data set lies, for its tokenizer; empty = as in training
+    # -- text ---------------------------------------------------------------------------------------------------------
+    start: str = "\n"  # the prompt; "FILE:path" reads a file, "-" standard input
+    num_samples: int = 1  # texts, generated as one batch
+    max_new_tokens: int = 500  # tokens each
+    stop: tuple[str, ...] = ()  # end a text before the first of these strings
+    stream: bool = False  # print while writing (one sample)
+    # -- sampling -----------------------------------------------------------------------------------------------------
+    temperature: float = 0.8  # 1 = as trained, below: bolder, 0 = greedy
+    top_k: int | None = 200  # keep the k likeliest tokens
+    top_p: float | None = None  # keep the fewest tokens that reach this probability
+    min_p: float | None = None  # drop tokens below this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # above 1: tokens seen before become less likely
+    repetition_window: int | None = None  # how many tokens back "seen" reaches; None = all
+    seed: int = 1337  # of the sampling
+    # -- system -------------------------------------------------------------------------------------------------------
+    device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
+    dtype: str = "float32"  # "auto" | "float32" | "bfloat16" | "float16": the weights are cast to it
+    compile: bool = False  # torch.compile; seldom pays for a few samples
+    use_cache: bool = True  # remember keys, values and states; False recomputes everything for each token
+
+    def __post_init__(self):
+        for name in ("num_samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.stream and self.num_samples > 1:
+            raise ValueError("stream=True prints one text as it grows: use num_samples=1")
+        if "" in self.stop:
+            raise ValueError("stop='': an empty string would end every text at once")
+        one_of(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
+
+
+def load(cfg):
+    """(model, tokenizer) of a run or of a pre-trained GPT-2."""
+    if cfg.init_from != "resume":
+        try:
+            return GPT.from_pretrained(cfg.init_from), build_tokenizer("gpt2")
+        except ImportError:
+            raise ConfigError("pre-trained models need transformers: pip install transformers safetensors") from None
+        except (ValueError, OSError) as e:
+            raise ConfigError(f"--init_from={cfg.init_from}: {e}") from e
+    names = [cfg.checkpoint] if cfg.checkpoint else ["ckpt.pt", "ckpt_last.pt"]
+    paths = [Path(cfg.out_dir) / name for name in names]
+    checkpoint = load_checkpoint(next((p for p in paths if p.is_file()), paths[0]))
+    trained = checkpoint.get("config", {})  # nanoGPT's has one too, but no meta
+    folder = Path(cfg.data_dir or trained.get("data_dir") or ROOT / "data") / trained.get("dataset", "")
+    meta = checkpoint.get("meta") or load_meta(folder)
+    return GPT.from_checkpoint(checkpoint), load_tokenizer(meta, folder)
+
+
+def prompt(start):
+    """The text that --start stands for."""
+    if start == "-":
+        return sys.stdin.read()
+    if not start.startswith("FILE:"):
+        return start
+    try:
+        return Path(start[5:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"--start={start}: cannot be read ({e})") from e
+
+
+def cut(text, stops):
+    """(text up to the first stop string, whether there was one)."""
+    ends = [i for i in (text.find(s) for s in stops) if i >= 0]
+    return (text[: min(ends)], True) if ends else (text, False)
+
+
+def grow(model, tokenizer, idx, cfg):
+    """Yield the texts so far, one a row of idx (B, T), after every token, until all ended or max_new_tokens.
+
+    A text ends before its first stop string, or at the tokenizer's end-of-text token.
+    """
+    new = [[] for _ in idx]
+    ended = [False for _ in idx]
+    texts = ["" for _ in idx]
+    generator = torch.Generator(idx.device).manual_seed(cfg.seed)
+    for tokens in model.stream(
+        idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
+        cfg.repetition_window, cfg.use_cache, generator,
+    ):  # fmt: skip
+        for row, token in enumerate(tokens[:, 0].tolist()):
+            if ended[row]:
+                continue
+            if token == tokenizer.eot:
+                ended[row] = True
+                continue
+            new[row].append(token)
+            texts[row], ended[row] = cut(tokenizer.decode(new[row]), cfg.stop)
+        yield texts
+        if all(ended):
+            return
+
+
+def write(text):
+    print(text, end="", flush=True)
+
+
+def run(settings):
+    cfg = settings.build(SampleConfig)
+    device, _ = pick_device(cfg.device)
+    text = prompt(cfg.start)
+    model, tokenizer = load(cfg)
+    model = model.to(device, pick_dtype(cfg.dtype, device)[0]).eval()
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise ConfigError("--start is empty: a model needs at least one token to go on from")
+    if max(ids) >= model.config.vocab_size:
+        raise ConfigError(f"--start has token id {max(ids)}, beyond the model's vocab_size={model.config.vocab_size}")
+    if cfg.compile:
+        model.compile()
+    idx = torch.tensor(ids, device=device).repeat(cfg.num_samples, 1)
+    try:
+        texts = grow(model, tokenizer, idx, cfg)
+        if cfg.stream:
+            write(text)
+            shown = 0
+            hold = max((len(s) for s in cfg.stop), default=1) - 1  # what may yet become a stop string waits
+            for (grown,) in texts:
+                end = len(grown.rstrip("\ufffd")) - hold  # an unfinished character waits too
+                write(grown[shown:end])
+                shown = max(shown, end)
+            print(grown[shown:])
+            return
+        *_, last = texts
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+    for grown in last:
+        print(text + grown)
+        print("---------------")
+
+
+def main(argv=None):
+    with configurator.one_line_errors("sample.py", DataError, CheckpointError):
+        run(configurator.read(sys.argv[1:] if argv is None else argv, SampleConfig, doc=__doc__))
+
+
+if __name__ == "__main__":
+    main()

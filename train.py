@@ -1,0 +1,749 @@
+"""
+Train a GPT: on a CPU, on one GPU, or on many with torchrun.
+
+    python train.py config/train_shakespeare_char.py
+    python train.py config/train_shakespeare_char.py --n_layer=4 --device=cpu --compile=False
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+    python train.py --out_dir=out --init_from=resume  # goes on with the run's own configuration, to the last bit
+
+Config files are Python assignments, run in order; flags win over them.
+"""
+
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import configurator
+from configurator import ROOT, ConfigError
+from data.corpus import DataError, load_meta, load_tokenizer, open_split
+from model import GPT, CheckpointError, GPTConfig, load_checkpoint, one_of, save_checkpoint
+
+
+@dataclass
+class TrainConfig:
+    """Everything about a run but the model; ValueError for values that make no sense."""
+
+    # -- run ----------------------------------------------------------------------------------------------------------
+    out_dir: str = "out"  # checkpoints, metrics.jsonl and run.json go here
+    init_from: str = "scratch"  # "scratch" | "resume" | "auto" (resume if it can) | "gpt2*" | a Hugging Face folder
+    seed: int = 1337  # of weights, data order and dropout
+    max_iters: int = 600_000  # optimiser steps in all
+    # -- data ---------------------------------------------------------------------------------------------------------
+    dataset: str = "openwebtext"  # a folder with train.bin and val.bin
+    data_dir: str = ""  # where data sets lie; empty = data/ beside train.py
+    batch_size: int = 12  # sequences a micro-step and process
+    gradient_accumulation_steps: int = 40  # micro-steps an optimiser step, shared out over all processes
+    # -- optimiser ----------------------------------------------------------------------------------------------------
+    learning_rate: float = 6e-4  # peak learning rate of AdamW
+    weight_decay: float = 0.1  # on matrices; norms, biases and gains do not decay
+    beta1: float = 0.9  # AdamW's first moment
+    beta2: float = 0.95  # AdamW's second moment
+    grad_clip: float = 1.0  # largest gradient norm; 0 = no clipping
+    # -- learning-rate schedule ---------------------------------------------------------------------------------------
+    decay_lr: bool = True  # False = constant learning rate, without warm-up
+    lr_schedule: str = "cosine"  # after the warm-up: "cosine" | "constant" | "wsd" (flat, then linear decay)
+    warmup_iters: int = 2000  # linear warm-up steps
+    lr_decay_iters: int | None = None  # where the decay ends; None = max_iters
+    min_lr: float | None = None  # where it ends; None = learning_rate / 10
+    wsd_decay_share: float = 0.2  # share of lr_decay_iters in which "wsd" decays
+    # -- evaluation and logging ---------------------------------------------------------------------------------------
+    eval_interval: int = 2000  # steps between evaluations, each followed by a checkpoint
+    eval_iters: int = 200  # random batches a split and evaluation
+    eval_full: bool = False  # validate on the whole val split, once, in windows that do not overlap
+    eval_only: bool = False  # evaluate once and stop
+    always_save_checkpoint: bool = True  # write ckpt_last.pt after every evaluation, not only after better ones
+    log_interval: int = 1  # steps between lines of metrics.jsonl
+    sample_interval: int = 0  # steps between short samples of text; 0 = none
+    tensorboard_log: bool = False  # also to out_dir/tensorboard
+    wandb_log: bool = False  # also to Weights & Biases
+    wandb_project: str = "nanochimera"  # its project
+    wandb_run_name: str = "gpt2"  # its run name
+    wandb_mode: str = "online"  # "online" | "offline" (kept in out_dir/wandb, for `wandb sync`)
+    # -- system -------------------------------------------------------------------------------------------------------
+    device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
+    dtype: str = "auto"  # "auto" | "float32" | "bfloat16" | "float16": what matrix products run in; weights are float32
+    compile: bool | None = None  # torch.compile: minutes at the start, faster steps; None = on CUDA only
+    backend: str = "auto"  # of torch.distributed: "auto" (nccl on CUDA, else gloo) | "nccl" | "gloo"
+
+    def __post_init__(self):
+        at_least = {"max_iters": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "warmup_iters": 0, "seed": 0}
+        at_least |= {"eval_interval": 1, "eval_iters": 1, "log_interval": 1, "sample_interval": 0, "grad_clip": 0}
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate}: must be positive")
+        one_of(self, "lr_schedule", ("cosine", "constant", "wsd"))
+        one_of(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
+        one_of(self, "backend", ("auto", "nccl", "gloo"))
+        one_of(self, "wandb_mode", ("online", "offline"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it runs: processes, device, number format.
+
+
+class World:
+    """The processes of this job: one, or as many as torchrun started.
+
+    Small agreements (stop? the mean loss, random states) go through a gloo group of their own, so they never make a GPU
+    wait.
+    """
+
+    def __init__(self, device, backend):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
+        self.device = device
+        self.control = None
+        if "RANK" in os.environ:
+            if device == "cuda":
+                self.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(self.device)
+            default = "nccl" if device.startswith("cuda") else "gloo"
+            dist.init_process_group(default if backend == "auto" else backend)
+            self.control = dist.new_group(backend="gloo")
+
+    def sum(self, values):
+        """Element-wise sum over the processes of a list of floats."""
+        if self.control is None:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def gather(self, value):
+        """The list of every process's `value` on the main process; None elsewhere."""
+        if self.control is None:
+            return [value]
+        values = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, group=self.control)
+        return values
+
+    def close(self):
+        if self.control is not None:
+            dist.destroy_process_group()
+
+
+def pick_device(name):
+    """(device, reason); ConfigError if the wanted one is not here."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        device = next(d for d, here in there.items() if here)
+        return device, "the fastest one here" if device != "cpu" else "no GPU here"
+    if not there.get(name.split(":")[0], False):
+        raise ConfigError(f"--device={name}: not here; available: {', '.join(d for d, here in there.items() if here)}")
+    return name, "as asked"
+
+
+def cpu_has_bf16():
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX, AVX512-BF16); elsewhere they only cost time."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def pick_dtype(name, device):
+    """(dtype, reason) of matrix products on `device`."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.startswith("cuda"):
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "this GPU has it") if has_bf16 else (torch.float16, "this GPU has no bfloat16")
+    if device == "cpu" and cpu_has_bf16():
+        return torch.bfloat16, "this CPU has bfloat16 instructions"
+    return torch.float32, "no fast bfloat16 here"
+
+
+# Dense bfloat16/float16 tensor-core peaks in TFLOP/s, from the makers' data sheets; matched by part of the device name.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 125, "A40": 150, "L40S": 362,
+    "L4": 121, "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
+
+
+def peak_flops(device):
+    """Peak FLOP/s of a CUDA device, or None where the table has no entry."""
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: which windows a step reads is a pure function of (seed, step), so that resuming, accumulating gradients or
+# adding processes never repeats or skips a window.
+
+TRAIN, TRAIN_LOSS, VAL_LOSS = range(3)  # independent streams of random windows
+
+
+class Corpus:
+    """The token files of a data set. DataError for what cannot be trained on."""
+
+    def __init__(self, cfg):
+        self.folder = (Path(cfg.data_dir) if cfg.data_dir else ROOT / "data") / cfg.dataset
+        self.meta = load_meta(self.folder)
+        self.splits = {split: open_split(self.folder, split, self.meta) for split in ("train", "val")}
+        self.seed = cfg.seed
+
+    def check(self, block_size, vocab_size):
+        """Refuse, before any long work, a split shorter than a block or with a token the model does not know."""
+        for split, tokens in self.splits.items():
+            if len(tokens) <= block_size:
+                raise DataError(f"{self.folder}/{split}.bin: {len(tokens)} tokens, too few for block_size={block_size}")
+            self.check_ids(tokens[: 1 << 26], vocab_size)  # every batch is checked again as it is read
+
+    def check_ids(self, tokens, vocab_size):
+        if tokens.max() >= vocab_size:
+            raise DataError(f"{self.folder}: token id {tokens.max()} does not fit vocab_size={vocab_size}; raise it")
+
+    def windows(self, stream, step, count, block_size):
+        """Random window starts, (count,) int64, of one step of one stream."""
+        tokens = self.splits["val" if stream == VAL_LOSS else "train"]
+        return np.random.default_rng((self.seed, stream, step)).integers(0, len(tokens) - block_size, count)
+
+    def batch(self, split, starts, config, device):
+        """Inputs and targets (len(starts), block_size) int64 on `device`, for a model of GPTConfig `config`."""
+        tokens = self.splits[split][starts[:, None] + np.arange(config.block_size + 1)]
+        self.check_ids(tokens, config.vocab_size)
+        tokens = torch.from_numpy(tokens.astype(np.int64))
+        return to_device(tokens[:, :-1], device), to_device(tokens[:, 1:], device)
+
+    def val_windows(self, batch_size, config, device, rank, world_size):
+        """The whole val split in windows that do not overlap, this rank's share of it: pairs as from `batch`.
+
+        All have the same shape: what is beyond the end is padded and its targets are -1.
+        """
+        tokens, T = self.splits["val"], config.block_size
+        for start in range(rank * batch_size * T, len(tokens) - 1, world_size * batch_size * T):
+            piece = tokens[start : start + batch_size * T + 1].astype(np.int64)
+            self.check_ids(piece, config.vocab_size)
+            x, y = np.zeros(batch_size * T, np.int64), np.full(batch_size * T, -1)
+            x[: len(piece) - 1], y[: len(piece) - 1] = piece[:-1], piece[1:]
+            rows = -(-(len(piece) - 1) // T)
+            x, y = (torch.from_numpy(a).view(batch_size, T)[:rows] for a in (x, y))
+            yield to_device(x, device), to_device(y, device)
+
+
+def to_device(x, device):
+    return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else x.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting: where weights and settings come from.
+
+
+def find_checkpoint(out_dir):
+    """The checkpoint to go on from: the last one, or the best (all that nanoGPT writes); None if there is none."""
+    return next((p for p in (Path(out_dir) / n for n in ("ckpt_last.pt", "ckpt.pt")) if p.is_file()), None)
+
+
+def resume(settings):
+    """(settings, checkpoint): a resumed run's own settings below those given now; checkpoint is None for a new run."""
+    out_dir, init_from = settings.values["out_dir"], settings.values["init_from"]
+    path = find_checkpoint(out_dir) if init_from in ("resume", "auto") else None
+    if path is None:
+        if init_from == "resume":
+            raise CheckpointError(f"{out_dir}: no checkpoint to resume from; start with --init_from=scratch")
+        return settings, None
+    checkpoint = load_checkpoint(path)
+    if "format" in checkpoint:  # ours; nanoGPT's settings belong to another machine and are given anew
+        inherited = {f.name for f in fields(TrainConfig)} - {"out_dir", "init_from", "eval_only"} - settings.given
+        values = settings.values | {k: v for k, v in checkpoint["config"].items() if k in inherited}
+        settings = configurator.Settings(settings.keys, values, settings.given)
+    return settings, checkpoint
+
+
+def agree(settings, model_args, whose):
+    """ConfigError if a model flag is given that weights which exist contradict; dropout may change."""
+    for name in settings.given & model_args.keys() - {"dropout"}:
+        if settings.values[name] != model_args[name]:
+            raise ConfigError(f"--{name}={settings.values[name]}: {whose} has {name}={model_args[name]}; leave it out")
+
+
+def build_model(settings, checkpoint, corpus):
+    """The model to train: from a checkpoint, from scratch or from GPT-2's weights."""
+    init_from = settings.values["init_from"]
+    dropout = {"dropout": settings.values["dropout"]} if "dropout" in settings.given else {}
+    if checkpoint is not None:
+        agree(settings, asdict(GPTConfig()) | checkpoint["model_args"], "the checkpoint")
+        return GPT.from_checkpoint(checkpoint, **dropout)
+    if init_from in ("scratch", "auto"):
+        known = "vocab_size" in corpus.meta and "vocab_size" not in settings.given
+        return GPT(settings.build(GPTConfig, **({"vocab_size": corpus.meta["vocab_size"]} if known else {})))
+    try:
+        model = GPT.from_pretrained(init_from, **dropout)
+        if "block_size" in settings.given:
+            model.crop_block_size(settings.values["block_size"])
+    except ImportError:
+        raise ConfigError(f"--init_from={init_from} needs transformers: pip install transformers safetensors") from None
+    except (ValueError, OSError) as e:
+        raise ConfigError(f"--init_from={init_from}: {e}") from e
+    agree(settings, asdict(model.config), init_from)
+    return model
+
+
+def lr_at(cfg, step):
+    """Learning rate of a step: linear warm-up, then cosine, constant or warm-up-stable-decay, then min_lr."""
+    if not cfg.decay_lr:
+        return cfg.learning_rate
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    if cfg.lr_schedule == "constant":
+        return cfg.learning_rate
+    end = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
+    low = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
+    start = cfg.warmup_iters if cfg.lr_schedule == "cosine" else max(cfg.warmup_iters, end * (1 - cfg.wsd_decay_share))
+    done = min(max((step - start) / (end - start), 0.0), 1.0) if end > start else float(step >= end)
+    share = 0.5 * (1 + math.cos(math.pi * done)) if cfg.lr_schedule == "cosine" else 1 - done
+    return low + share * (cfg.learning_rate - low)
+
+
+def rng_states():
+    """The state of every random generator a model may use, in types that a safe checkpoint holds."""
+    kind, keys, *rest = np.random.get_state()
+    states = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_states(states):
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run itself.
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a number."""
+
+
+class Trainer:
+    """Model, optimiser and position of a run. `step()` trains, `evaluate()` measures, `save()` keeps."""
+
+    def __init__(self, cfg, model, corpus, world, dtype, checkpoint=None):
+        self.cfg, self.corpus, self.world = cfg, corpus, world
+        self.model = model.to(world.device)
+        self.config = model.config
+        self.device_type = world.device.split(":")[0]
+        self.iter_num, self.best_val_loss = 0, math.inf
+        self.autocast = torch.autocast(self.device_type, dtype) if dtype != torch.float32 else nullcontext()
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
+        self.optimizer = model.configure_optimizers(
+            cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), self.device_type
+        )
+        if cfg.gradient_accumulation_steps % world.size:
+            raise ConfigError(
+                f"--gradient_accumulation_steps={cfg.gradient_accumulation_steps}: must be a multiple of the "
+                f"{world.size} processes"
+            )
+        self.micro_steps = cfg.gradient_accumulation_steps // world.size
+        self.sequences = cfg.batch_size * cfg.gradient_accumulation_steps  # an optimiser step
+        self.tokens_per_step = self.sequences * self.config.block_size
+        random.seed(cfg.seed + world.rank)
+        np.random.seed(cfg.seed + world.rank)
+        torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks, weights do not
+        if checkpoint is not None:
+            self.restore(checkpoint)
+        compiles = self.device_type == "cuda" if cfg.compile is None else cfg.compile
+        self.forward = torch.compile(model) if compiles else model
+        self.ddp = None
+        if world.control is not None:
+            ids = [torch.device(world.device).index] if self.device_type == "cuda" else None
+            self.ddp = DistributedDataParallel(self.forward, device_ids=ids)
+
+    def restore(self, checkpoint):
+        """Go on where `checkpoint` stopped; nanoGPT's has no scaler and no random states."""
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint.get("scaler", {}))
+        self.iter_num, self.best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
+        states = checkpoint.get("rng", [])
+        if self.world.rank < len(states):
+            set_rng_states(states[self.world.rank])
+
+    def step(self):
+        """One optimiser step; returns this process's mean loss and the gradient norm, 0-d tensors on the device."""
+        cfg, B, first = self.cfg, self.cfg.batch_size, self.world.rank * self.micro_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(cfg, self.iter_num)
+        starts = self.corpus.windows(TRAIN, self.iter_num, self.sequences, self.config.block_size)
+        total = 0.0
+        for micro in range(self.micro_steps):
+            x, y = self.corpus.batch("train", starts[(first + micro) * B :][:B], self.config, self.world.device)
+            if self.ddp is not None:  # gradients are averaged once, in the last backward pass
+                self.ddp.require_backward_grad_sync = micro == self.micro_steps - 1
+            with self.autocast:
+                _, loss = (self.ddp or self.forward)(x, y)
+            self.scaler.scale(loss / self.micro_steps).backward()
+            total = total + loss.detach() / self.micro_steps
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.iter_num += 1
+        return total, norm
+
+    @torch.no_grad()
+    def mean_loss(self, batches):
+        """Mean language-model loss in nats a token over all processes' `batches`, targets of -1 left out."""
+        self.model.eval()
+        loss_sum, count = 0.0, 0
+        for x, y in batches:
+            with self.autocast:
+                loss = self.forward(x, y)[1]
+            n = int((y != -1).sum())
+            loss_sum, count = loss_sum + loss.double() * n, count + n
+        self.model.train()
+        loss_sum, count = self.world.sum([float(loss_sum), count])
+        return loss_sum / count
+
+    def evaluate(self):
+        """{"train_loss", "val_loss"} in nats a token, "val_bpb" in bits a byte where the data set counted its bytes."""
+        cfg, B, device = self.cfg, self.cfg.batch_size, self.world.device
+
+        def random_batches(split, stream):
+            starts = self.corpus.windows(stream, self.iter_num, cfg.eval_iters * B, self.config.block_size)
+            for i in range(self.world.rank, cfg.eval_iters, self.world.size):
+                yield self.corpus.batch(split, starts[i * B : (i + 1) * B], self.config, device)
+
+        losses = {"train_loss": self.mean_loss(random_batches("train", TRAIN_LOSS))}
+        full = self.corpus.val_windows(B, self.config, device, self.world.rank, self.world.size)
+        losses["val_loss"] = self.mean_loss(full if cfg.eval_full else random_batches("val", VAL_LOSS))
+        meta = self.corpus.meta
+        if meta.get("val_bytes"):
+            losses["val_bpb"] = losses["val_loss"] * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
+        return losses
+
+    def save(self, *names):
+        """Write the run's state to these files of out_dir. All processes must call it."""
+        states = self.world.gather(rng_states())
+        if not self.world.is_main:
+            return
+        checkpoint = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "model_args": asdict(self.config),
+            "config": asdict(self.cfg),
+            "meta": self.corpus.meta,  # what sample.py needs to know of the data
+            "iter_num": self.iter_num,
+            "best_val_loss": self.best_val_loss,
+            "rng": states,
+        }
+        for name in names:
+            save_checkpoint(Path(self.cfg.out_dir) / name, checkpoint)
+
+    def evaluate_and_save(self):
+        """`evaluate`, then the checkpoints that its result asks for."""
+        results = self.evaluate()
+        better = results["val_loss"] < self.best_val_loss
+        self.best_val_loss = min(results["val_loss"], self.best_val_loss)
+        if better or self.cfg.always_save_checkpoint:
+            self.save(*(["ckpt.pt"] if better else []), "ckpt_last.pt")
+        return results
+
+    def report(self, norm, seconds):
+        """What a training line tells besides the loss; `seconds` is the time a step took."""
+        parts = self.model.losses if len(self.model.losses) > 1 else {}
+        rate = self.tokens_per_step / seconds
+        values = {k: v.item() for k, v in parts.items()}
+        values |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
+        values |= {"ms": seconds * 1e3, "tokens_per_s": rate, "memory_mb": memory_mb(self.world.device)}
+        if peak := peak_flops(self.world.device):
+            values["mfu"] = rate * self.model.flops_per_token() / (peak * self.world.size)
+        return values
+
+    def write_sample(self, tokenizer, tokens=100):
+        """A short text from the model as it is."""
+        generator = torch.Generator(self.world.device).manual_seed(self.cfg.seed)
+        start = torch.tensor([tokenizer.encode("\n")], device=self.world.device)
+        with self.autocast:
+            return tokenizer.decode(self.model.generate(start, tokens, generator=generator)[0].tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind: metrics.jsonl, run.json, TensorBoard, W&B, lines on the terminal.
+
+
+class Log:
+    """Everything the main process tells, to wherever it is wanted. Other processes have none."""
+
+    def __init__(self, cfg, model, start, facts):
+        self.folder = Path(cfg.out_dir)
+        self.file = open_metrics(self.folder / "metrics.jsonl", start)
+        (self.folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        self.board = self.wandb = None
+        if cfg.tensorboard_log:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=start)
+        if cfg.wandb_log:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=cfg.wandb_project, name=cfg.wandb_run_name, mode=cfg.wandb_mode, dir=self.folder, config=facts
+            )
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=cfg.max_iters, initial=start, unit="step", disable=not self.terminal, dynamic_ncols=True)
+
+    def metrics(self, step, values):
+        self.file.write(json.dumps({"iter": step, **values}) + "\n")
+        self.file.flush()
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        if self.board:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+
+    def training(self, step, values):
+        """A training line; the bar moves, or a line is printed where there is no terminal."""
+        self.metrics(step, values)
+        self.bar.n = step + 1
+        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s")
+        if not self.terminal:
+            mfu = f", mfu {values['mfu']:.1%}" if "mfu" in values else ""
+            speed = f"{values['ms']:.1f} ms, {values['tokens_per_s']:,.0f} tokens/s"
+            self.say(f"iter {step}: loss {values['loss']:.4f}, {speed}{mfu}")
+
+    def evaluation(self, step, values):
+        self.metrics(step, values)
+        losses = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if k != "tokens")
+        self.say(f"step {step}: {losses}")
+
+    def say(self, text):
+        if self.terminal:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def open_metrics(path, start):
+    """metrics.jsonl, opened to go on at iteration `start`: what a killed run wrote beyond it is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if start and path.exists() else []:
+        try:
+            if json.loads(line)["iter"] < start:
+                kept.append(line)
+        except json.JSONDecodeError:
+            break  # a kill cut the last line short
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    return open(path, "a", encoding="utf-8")
+
+
+def git_commit():
+    """The commit this code is at, with + if files were changed; None without git."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + "+" * bool(changed)
+
+
+def memory_mb(device):
+    """Peak memory: of the GPU, or of this process on a CPU."""
+    if device.startswith("cuda"):
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    if sys.platform == "win32":  # no resource module there
+        return None
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024), 1)
+
+
+def prepare_out_dir(cfg, model, is_new):
+    """Make out_dir, and refuse before any long work one that cannot hold the checkpoints.
+
+    A new run moves an older run's checkpoints to *.bak, so that they are neither lost nor taken for its own.
+    """
+    folder = Path(cfg.out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"--out_dir={cfg.out_dir}: cannot be written ({e.strerror})") from e
+    for left_over in folder.glob("ckpt*.pt.*.tmp"):  # a killed run was writing them
+        left_over.unlink()
+    names = ("ckpt.pt", "ckpt_last.pt")
+    size = 3 * sum(p.numel() * p.element_size() for p in model.parameters())  # weights and two moments
+    there = 0 if is_new else sum(p.stat().st_size for p in map(folder.joinpath, names) if p.exists())
+    free = shutil.disk_usage(folder).free + there
+    if free < 3 * size:
+        raise ConfigError(
+            f"--out_dir={cfg.out_dir}: {free / 2**20:,.0f} MB free, but checkpoints (best, last, and the one being "
+            f"written) need {3 * size / 2**20:,.0f} MB"
+        )
+    for path in map(folder.joinpath, names):
+        if is_new and path.exists():
+            path.replace(path.with_name(path.name + ".bak"))
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask for a stop after the step; a second one quits at once."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+def run(settings):
+    """A whole run, from resolved settings. Raises ConfigError, DataError, CheckpointError or Diverged."""
+    settings, checkpoint = resume(settings)
+    cfg = settings.build(TrainConfig)
+    check_packages(cfg)
+    device, why_device = pick_device(cfg.device)
+    dtype, why_dtype = pick_dtype(cfg.dtype, device)
+    world = World(device, cfg.backend)
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    torch.manual_seed(cfg.seed)
+    corpus = Corpus(cfg)
+    model = build_model(settings, checkpoint, corpus)
+    corpus.check(model.config.block_size, model.config.vocab_size)
+    tokenizer = load_tokenizer(corpus.meta, corpus.folder) if cfg.sample_interval else None
+    if world.is_main and not cfg.eval_only:
+        prepare_out_dir(cfg, model, is_new=checkpoint is None)
+    trainer = Trainer(cfg, model, corpus, world, dtype, checkpoint)
+    facts = {
+        "config": asdict(cfg), "model_args": asdict(model.config), "git_commit": git_commit(), "device": world.device,
+        "dtype": str(dtype).removeprefix("torch."), "processes": world.size, "parameters": model.num_params(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }  # fmt: skip
+    if world.is_main:
+        print(
+            f"{model.num_params() / 1e6:.2f}M parameters, {trainer.tokens_per_step:,} tokens a step, "
+            f"{model.flops_per_token() / 1e6:,.1f} MFLOPs a token\n"
+            f"device {world.device} ({why_device}), dtype {facts['dtype']} ({why_dtype}), {world.size} process(es)",
+            flush=True,
+        )
+    if cfg.eval_only:
+        losses = trainer.evaluate()
+        if world.is_main:
+            print(", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+    else:
+        log = Log(cfg, model, trainer.iter_num, facts) if world.is_main else None
+        try:
+            loop(trainer, log, tokenizer)
+        finally:
+            if log:
+                log.close()
+    world.close()
+
+
+def check_packages(cfg):
+    """Refuse a log whose package is missing before any work is done."""
+    import importlib.util
+
+    for wanted, package in ((cfg.tensorboard_log, "tensorboard"), (cfg.wandb_log, "wandb")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"--{package}_log needs the package {package}: pip install {package}")
+
+
+def loop(trainer, log, tokenizer):
+    """Train to max_iters, or to a signal. `log` is None on all processes but the main one."""
+    cfg, world, stop = trainer.cfg, trainer.world, Stop()
+    losses = []  # of the steps since the last look, still on the device
+    logged, clock = trainer.iter_num, time.perf_counter()
+
+    def look():
+        """Fetch the losses since the last look; the last one, averaged over processes. Diverged if one is bad."""
+        means = [x / world.size for x in world.sum(torch.stack(losses).tolist())] if losses else []
+        for step, loss in enumerate(means, trainer.iter_num - len(means)):
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss is {loss} at step {step}; the last good checkpoint is in {cfg.out_dir}")
+        losses.clear()
+        return means[-1] if means else None
+
+    while True:
+        i, pause = trainer.iter_num, time.perf_counter()
+        if i % cfg.eval_interval == 0 or i >= cfg.max_iters:
+            look()  # nothing bad is saved
+            results = trainer.evaluate_and_save()
+            if log:
+                log.evaluation(i, {"tokens": i * trainer.tokens_per_step, **results})
+        if i >= cfg.max_iters:
+            return
+        if log and cfg.sample_interval and i and i % cfg.sample_interval == 0:
+            log.say(f"--- a sample at step {i} ---\n{trainer.write_sample(tokenizer).strip()}\n---")
+        clock += time.perf_counter() - pause
+        loss, norm = trainer.step()
+        losses.append(loss)
+        if i % cfg.log_interval == 0:
+            loss = look()
+            seconds = (time.perf_counter() - clock) / (trainer.iter_num - logged)
+            logged, clock = trainer.iter_num, time.perf_counter()
+            if log:
+                log.training(i, {"tokens": trainer.iter_num * trainer.tokens_per_step, "loss": loss}
+                             | trainer.report(norm, seconds))  # fmt: skip
+        if world.sum([float(stop.requested)])[0]:
+            look()
+            trainer.save("ckpt_last.pt")
+            if log:
+                again = f"python train.py --out_dir={cfg.out_dir} --init_from=resume"
+                log.say(f"stopped after {trainer.iter_num} steps; go on with: {again}")
+            return
+
+
+def precision(text):
+    """Lightning's names for the number formats."""
+    names = {"bf16-mixed": "bfloat16", "fp16-mixed": "float16", "fp32": "float32"}
+    if text not in names:
+        raise ConfigError(f"--precision={text}: expected bf16-mixed, fp16-mixed or fp32")
+    return {"dtype": names[text]}
+
+
+def devices(text):
+    if text == "1":
+        return {}
+    raise ConfigError(f"--devices={text}: use torchrun --standalone --nproc_per_node={text} train.py ...")
+
+
+def main(argv=None):
+    with configurator.one_line_errors("train.py", DataError, CheckpointError, Diverged):
+        aliases = {"precision": precision, "devices": devices}
+        words = sys.argv[1:] if argv is None else argv
+        run(configurator.read(words, TrainConfig, GPTConfig, doc=__doc__, aliases=aliases))
+
+
+if __name__ == "__main__":
+    main()
