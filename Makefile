@@ -25,7 +25,7 @@ demo: $(VENV)/.core data/shakespeare_char/train.bin  ## train a small model on S
 	$(BIN)/python sample.py --out_dir=out-demo --num_samples=1
 
 test: $(VENV)/.dev  ## run the test suite; ARGS="-k cache -x" goes to pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff: errors and formatting
 	$(BIN)/ruff check .

@@ -575,14 +575,14 @@ def git_commit():
 
 
 def memory_mb(device):
-    """Peak memory: of the GPU, or of this process on a CPU."""
+    """Peak memory in MB: of the GPU, or of this process on a CPU (Linux; None elsewhere)."""
     if device.startswith("cuda"):
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    if sys.platform == "win32":  # no resource module there
+    try:  # not getrusage: its peak survives exec, so a child would report its parent's
+        status = Path("/proc/self/status").read_text()
+    except OSError:
         return None
-    import resource
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024), 1)
+    return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
 
 
 def prepare_out_dir(cfg, model, is_new):

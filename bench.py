@@ -1,0 +1,285 @@
+"""
+Speed and memory, always beside a reference in the same run.
+
+    python bench.py step      # training steps: nanoGPT's recipe as plain eager float32 PyTorch, and ours
+    python bench.py decode    # greedy text: recomputing every token, as nanoGPT does, and ours with its state
+    python bench.py step --only=cpu --repeats=21
+
+Contenders take turns, so that a busy machine slows all of them. A speed is the median over rounds of the ratio to the
+reference of the same round, with the quartiles behind it. Memory is the peak of a fresh process. The last line is JSON.
+"""
+
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import configurator
+from configurator import ConfigError
+from model import GPT, GPTConfig
+from train import Corpus, TrainConfig, Trainer, World, memory_mb, pick_device
+
+
+@dataclass
+class BenchConfig:
+    """How long to measure, and where."""
+
+    # -- benchmark ----------------------------------------------------------------------------------------------------
+    only: str = ""  # comma-separated sizes; empty = all
+    repeats: int = 11  # rounds; each contender runs once in each
+    tokens: int = 512  # of decode: how many to write
+    device: str = "cpu"  # "auto" | "cpu" | "cuda" | "mps"
+    memory: bool = True  # also measure peak memory, in a process for each contender
+
+    def __post_init__(self):
+        for name in ("repeats", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+
+
+# size: (model flags, sequences a step, steps a round)
+STEP_SIZES = {
+    "cpu": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}, 12, 10),
+    "6x384": ({"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}, 16, 1),
+}
+DECODE_SIZES = {"6x384": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 1024}}
+COMMON = {"vocab_size": 65, "bias": False}  # as nanoGPT trains on shakespeare_char
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference: the same transformer and recipe in plain eager float32 PyTorch, sharing no code with model.py. Layer by
+# layer it does what nanoGPT's documented CPU recipe does, so its speed stands for nanoGPT's.
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(width, bias=False) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class PlainGPT(nn.Module):
+    def __init__(self, n_layer, n_head, n_embd, block_size, vocab_size, bias):
+        super().__init__()
+        self.block_size = block_size
+        self.tokens, self.places = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
+        self.blocks = nn.Sequential(*(PlainBlock(n_embd, n_head) for _ in range(n_layer)))
+        self.norm = nn.LayerNorm(n_embd, bias=bias)
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, idx):
+        x = self.tokens(idx) + self.places(torch.arange(idx.size(1), device=idx.device))
+        return self.norm(self.blocks(x))
+
+    def loss(self, idx, targets):
+        logits = F.linear(self(idx), self.tokens.weight)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    @torch.no_grad()
+    def write(self, idx, count):
+        """Greedy text, each token from a forward pass over the whole context."""
+        for _ in range(count):
+            x = self(idx[:, -self.block_size :])[:, -1]
+            idx = torch.cat((idx, F.linear(x, self.tokens.weight).argmax(-1, keepdim=True)), 1)
+        return idx
+
+
+def plain_step(flags, batch, device, folder):
+    """A training step as nanoGPT's train.py does it on a CPU: AdamW (fused on CUDA only), clipping, loss fetched."""
+    model = PlainGPT(**flags).to(device)
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=device.startswith("cuda"))
+
+    def step():
+        data, T = np.memmap(Path(folder) / "bench" / "train.bin", np.uint16, mode="r"), flags["block_size"]
+        starts = torch.randint(len(data) - T, (batch,)).tolist()
+        x = torch.stack([torch.from_numpy(data[s : s + T].astype(np.int64)) for s in starts]).to(device)
+        y = torch.stack([torch.from_numpy(data[s + 1 : s + 1 + T].astype(np.int64)) for s in starts]).to(device)
+        loss = model.loss(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def our_step(flags, batch, device, folder, dtype, compiles=False):
+    """A step of train.py itself, loss fetched."""
+    cfg = TrainConfig(
+        dataset="bench", data_dir=str(folder), batch_size=batch, gradient_accumulation_steps=1, learning_rate=1e-3,
+        warmup_iters=100, beta2=0.99, compile=compiles,
+    )  # fmt: skip
+    trainer = Trainer(cfg, GPT(GPTConfig(**flags)), Corpus(cfg), World(device, "auto"), dtype)
+    return lambda: trainer.step()[0].item()
+
+
+STEP_CONTENDERS = {
+    "nanoGPT's recipe, eager float32": plain_step,
+    "ours, float32": lambda *a: our_step(*a, torch.float32),
+    "ours, bfloat16": lambda *a: our_step(*a, torch.bfloat16),
+    "ours, bfloat16, compiled": lambda *a: our_step(*a, torch.bfloat16, compiles=True),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring.
+
+
+def interleave(contenders, rounds, device):
+    """{name: seconds of each round}; every contender is a function without arguments and runs once a round."""
+
+    def timed(run):
+        start = time.perf_counter()
+        run()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for run in contenders.values():
+        timed(run)  # warm-up: allocation, compilation
+    seconds = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            seconds[name].append(timed(run))
+    return seconds
+
+
+def speeds(seconds):
+    """Rows {name, speed, low, high}: each contender's speed as a multiple of the first one's, median and quartiles."""
+    reference = next(iter(seconds.values()))
+    rows = []
+    for name, times in seconds.items():
+        ratios = [r / t for r, t in zip(reference, times)]
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        rows.append({"name": name, "speed": statistics.median(ratios), "low": low, "high": high,
+                     "seconds": statistics.median(times)})  # fmt: skip
+    return rows
+
+
+def step_memory(name, flags, batch, device, folder, queue):
+    """Put the peak memory in MB of two training steps, in a process that does nothing else, into `queue`."""
+    before = memory_mb(device)
+    step = STEP_CONTENDERS[name](flags, batch, device, folder)
+    step(), step()
+    queue.put(round(memory_mb(device) - before, 1))
+
+
+def in_fresh_process(function, *args):
+    """What `function(*args, queue)` puts into its queue, run in a new process."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=function, args=(*args, queue))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{function.__name__}{args} ended with status {process.exitcode}")
+    return queue.get()
+
+
+def table(title, rows, unit, work):
+    """Print rows for people: `work` units are done in a row's seconds."""
+    print(f"\n{title}\n{'':<34}{'speed':>8}{'quartiles':>16}{unit + '/s':>14}{'peak MB':>10}")
+    for row in rows:
+        row[f"{unit}_per_s"] = work / row["seconds"]
+        spread = f"{row['low']:.2f} to {row['high']:.2f}"
+        memory = f"{row['memory_mb']:,.0f}" if "memory_mb" in row else ""
+        print(f"{row['name']:<34}{row['speed']:>7.2f}x{spread:>16}{work / row['seconds']:>14,.0f}{memory:>10}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be measured.
+
+
+def bench_step(cfg, device, sizes):
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "bench"
+        data.mkdir()
+        for split in ("train", "val"):
+            np.random.default_rng(0).integers(0, 65, 1_000_000).astype(np.uint16).tofile(data / f"{split}.bin")
+        for size in sizes:
+            flags, batch, steps = STEP_SIZES[size]
+            flags = flags | COMMON
+
+            def repeated(step, steps=steps):
+                return lambda: [step() for _ in range(steps)]
+
+            built = {name: repeated(make(flags, batch, device, folder)) for name, make in STEP_CONTENDERS.items()}
+            rows = speeds(interleave(built, cfg.repeats, device))
+            for row in rows if cfg.memory else ():
+                row["memory_mb"] = in_fresh_process(step_memory, row["name"], flags, batch, device, folder)
+            table(f"training step, {size}, batch {batch}", rows, "tokens", batch * flags["block_size"] * steps)
+            results[size] = rows
+    return results
+
+
+def bench_decode(cfg, device, sizes):
+    results = {}
+    for size in sizes:
+        flags = DECODE_SIZES[size] | COMMON
+        idx = torch.zeros(1, 1, dtype=torch.long, device=device)
+        plain = PlainGPT(**flags).to(device).eval()
+        ours = {dtype: GPT(GPTConfig(**flags)).to(device, dtype).eval() for dtype in (torch.float32, torch.bfloat16)}
+
+        def write(model):
+            return lambda: model.generate(idx, cfg.tokens, temperature=0)
+
+        built = {"nanoGPT's way, float32": lambda: plain.write(idx, cfg.tokens)}
+        built["ours, recomputing, float32"] = lambda: ours[torch.float32].generate(
+            idx, cfg.tokens, temperature=0, use_cache=False
+        )
+        built |= {f"ours, {str(dtype).removeprefix('torch.')}": write(model) for dtype, model in ours.items()}
+        rows = speeds(interleave(built, cfg.repeats, device))
+        table(
+            f"greedy decoding of {cfg.tokens} tokens, {size}, block {flags['block_size']}", rows, "tokens", cfg.tokens
+        )
+        results[size] = rows
+    return results
+
+
+BENCHES = {"step": (bench_step, STEP_SIZES), "decode": (bench_decode, DECODE_SIZES)}
+
+
+def main():
+    with configurator.one_line_errors("bench.py"):
+        what, *words = sys.argv[1:] or ["--help"]
+        settings = configurator.read([what, *words] if what.startswith("-") else words, BenchConfig, doc=__doc__)
+        cfg = settings.build(BenchConfig)
+        if what not in BENCHES:
+            raise ConfigError(f"{what}: expected {' or '.join(BENCHES)} first")
+        bench, sizes = BENCHES[what]
+        chosen = [s.strip() for s in cfg.only.split(",") if s.strip()] or list(sizes)
+        if unknown := [s for s in chosen if s not in sizes]:
+            raise ConfigError(f"--only={cfg.only}: no {unknown[0]!r}; there are {', '.join(sizes)}")
+        device, _ = pick_device(cfg.device)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {device}, {cfg.repeats} rounds")
+    results = bench(cfg, device, chosen)
+    print(json.dumps({"bench": what, "torch": torch.__version__, "device": device, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""
+The contracts that every flag keeps (see CONTRIBUTING.md), over the table of variants in smoke_test.py.
+
+A new flag needs a row there and nothing here, unless it has a reason to be in one of the exception tables below.
+"""
+
+import copy
+import gc
+import os
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from model import GPT, DecodingState, GPTConfig, load_checkpoint, save_checkpoint
+from smoke_test import VARIANTS, all_logits, build
+
+EAGER_ONLY = {}  # variant: why torch.compile(fullgraph=True) cannot take it
+HARD_CHOICES = set()  # variants tested in float64, where a tie has no rounding to break it
+KERNEL_SUMS = set()  # variants whose kernels may reorder sums: causal to 1e-6 and not to the last bit
+
+pytestmark = pytest.mark.parametrize("name", VARIANTS)
+
+
+@pytest.fixture
+def case(name):
+    """(model in eval mode, batch of tokens (4, block_size))."""
+    model, idx = build(VARIANTS[name])
+    if name in HARD_CHOICES:
+        model = model.double()
+    perturb(model)
+    return model.eval(), idx
+
+
+def perturb(model):
+    """Move every parameter off its start: gates at 0 and gains at 1 would hide what they scale."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+def largest(difference):
+    return difference.abs().max().item()
+
+
+# 1 ------------------------------------------------------------------------------------------------------------------
+
+
+def test_drop_in(case):
+    model, idx = case
+    targets = idx.roll(-1, 1)
+    targets[:, ::3] = -1
+    logits, loss = model(idx, targets)
+    assert logits.shape == (*idx.shape, model.config.vocab_size) and loss.shape == ()
+    wanted = F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), ignore_index=-1)
+    assert abs(loss.item() - wanted.item()) < 1e-5
+    last, no_loss = model(idx)
+    assert no_loss is None and last.shape == (len(idx), 1, model.config.vocab_size)
+    assert largest(last - logits[:, -1:]) < 1e-5
+
+
+# 2, 3 ---------------------------------------------------------------------------------------------------------------
+
+
+def test_causal(case, name):
+    model, idx = case
+    logits = all_logits(model, idx)
+    for t in (1, idx.size(1) // 2, idx.size(1) - 1):
+        changed = idx.clone()
+        changed[:, t:] = (idx[:, t:] + 7) % model.config.vocab_size
+        difference = all_logits(model, changed) - logits
+        assert largest(difference[:, :t]) <= (1e-6 if name in KERNEL_SUMS else 0)
+        assert largest(difference[:, t:]) > 1e-3  # the change was one
+
+
+def test_logits_do_not_depend_on_targets(case):
+    model, idx = case
+    for mode in (False, True):
+        model.train(mode)
+        torch.manual_seed(0)
+        one = model(idx, idx)[0]
+        torch.manual_seed(0)
+        assert torch.equal(one, model(idx, idx.flip(1))[0])
+
+
+# 4, 5 ---------------------------------------------------------------------------------------------------------------
+
+
+def test_prefix_consistent(case):
+    model, idx = case
+    logits = all_logits(model, idx)
+    for t in (1, 2, 7, idx.size(1) // 2, idx.size(1) - 1):
+        assert largest(all_logits(model, idx[:, :t]) - logits[:, :t]) <= 1e-5
+
+
+def test_rows_are_independent(case):
+    model, idx = case
+    logits = all_logits(model, idx)
+    for row in range(len(idx)):
+        assert largest(all_logits(model, idx[row : row + 1]) - logits[row : row + 1]) <= 1e-5
+
+
+# 6 ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 32, (20, 1, 1, 9, 1), (5, 27)])
+def test_decodes_incrementally(case, sizes):
+    """Every chunking of the tokens gives the full forward's logits at each chunk's end."""
+    model, idx = case
+    logits, state, end = all_logits(model, idx), DecodingState(), 0
+    for size in sizes:
+        end += size
+        stepped, _ = model(idx[:, end - size : end], state=state)
+        assert largest(stepped[:, 0] - logits[:, end - 1]) <= 1e-4
+    assert state.pos == end == idx.size(1)
+
+
+def test_generates_the_same_with_and_without_the_cache(case):
+    model, idx = case
+    texts = [model.generate(idx[:, :5], 40, temperature=0, use_cache=cached) for cached in (True, False)]  # past block
+    assert torch.equal(*texts)
+
+
+# 7 ------------------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_reach_every_parameter(name):
+    model, idx = build(VARIANTS[name])
+    optimizer = model.configure_optimizers(0.0, 1e-2, (0.9, 0.95), "cpu")
+    reached = set()
+    for _ in range(4):
+        model(idx, idx.roll(-1, 1))[1].backward()
+        reached |= {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        optimizer.step()
+        optimizer.zero_grad()
+    assert reached == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_order_matters(case):
+    model, idx = case
+    shuffled = torch.cat((idx[:, :-1].flip(1), idx[:, -1:]), 1)
+    assert largest(model(shuffled)[0] - model(idx)[0]) > 1e-3
+
+
+# 8 ------------------------------------------------------------------------------------------------------------------
+
+
+def test_compiles(name):
+    """One graph, forward and backward, with the numbers of eager; inductor itself is tried on the baseline."""
+    if name in EAGER_ONLY:
+        pytest.skip(EAGER_ONLY[name])
+    model, idx = build(VARIANTS[name])
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, fullgraph=True, backend="inductor" if name == "baseline" else "aot_eager")
+    for _ in range(2):
+        loss, same = model(idx, idx.roll(-1, 1))[1], compiled(idx, idx.roll(-1, 1))[1]
+        loss.backward(), same.backward()
+        assert abs(loss.item() - same.item()) < 1e-5
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert largest(p.grad - q.grad) < 1e-4
+    assert twin.losses.keys() == model.losses.keys()
+
+
+# 9 ------------------------------------------------------------------------------------------------------------------
+
+
+def text_batch(seed, rows=8, T=32):
+    """Windows (rows, T + 1) of real text, this file's, as bytes folded into the small vocabulary."""
+    data = torch.tensor(list(Path(__file__).read_bytes())) % 61
+    starts = torch.randint(len(data) - T, (rows,), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([data[s : s + T + 1] for s in starts])
+
+
+def train(model, steps, rows=slice(None), wrapped=None):
+    """Loss of each step on windows of real text, of which this process takes `rows`."""
+    optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), "cpu")
+    losses = []
+    for step in range(steps):
+        tokens = text_batch(step)[rows]
+        loss = (wrapped or model)(tokens[:, :-1], tokens[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_trains_on_real_text(name):
+    model, _ = build(VARIANTS[name])
+    losses = train(model, 60)
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.8
+
+
+def test_checkpoint_round_trip(case, tmp_path):
+    model, idx = case
+    args = {f.name: getattr(model.config, f.name) for f in fields(GPTConfig)}
+    save_checkpoint(tmp_path / "ckpt.pt", {"model": model.state_dict(), "model_args": args})
+    again = GPT.from_checkpoint(load_checkpoint(tmp_path / "ckpt.pt")).to(next(model.parameters()).dtype).eval()
+    assert again.config == model.config
+    assert torch.equal(all_logits(again, idx), all_logits(model, idx))
+
+
+def ddp_worker(rank, folder, names):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for name in names:
+        model, _ = build(VARIANTS[name])
+        train(model, 4, slice(4 * rank, 4 * rank + 4), DistributedDataParallel(model))
+        if rank == 0:
+            torch.save(model.state_dict(), f"{folder}/{name}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def ddp_folder(tmp_path_factory):
+    """Every variant trained by two processes, once: a folder of their weights."""
+    folder = tmp_path_factory.mktemp("ddp")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(ddp_worker, (str(folder), list(VARIANTS)), nprocs=2)
+    return folder
+
+
+@pytest.mark.xdist_group("ddp")
+def test_two_processes_equal_one(name, ddp_folder):
+    model, _ = build(VARIANTS[name])
+    train(model, 4)
+    two = torch.load(ddp_folder / f"{name}.pt", weights_only=True)
+    for key, value in model.state_dict().items():
+        assert largest((two[key] - value).float()) <= 1e-5, key
+
+
+# 10, 11 -------------------------------------------------------------------------------------------------------------
+
+
+def test_eval_loss_is_the_language_model_loss_alone(case):
+    model, idx = case
+    logits, loss = model(idx, idx.roll(-1, 1))
+    wanted = F.cross_entropy(logits.flatten(0, 1), idx.roll(-1, 1).flatten())
+    assert abs(loss.item() - wanted.item()) < 1e-5
+    assert "lm" in model.losses and not any(v.requires_grad for v in model.losses.values())
+
+
+def test_forward_keeps_nothing(name):
+    """No growing list: after the first forwards, more of them leave no more tensors behind."""
+    model, idx = build(VARIANTS[name])
+
+    def tensors_after(n):
+        for _ in range(n):
+            model(idx, idx)[1].backward()
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    tensors_after(3)
+    assert tensors_after(5) <= tensors_after(1)
+
+
+def test_every_flag_is_documented(name):
+    """docs/variants.md has a section for every flag that a variant sets."""
+    text = (Path(__file__).parents[1] / "docs" / "variants.md").read_text(encoding="utf-8")
+    headings = " ".join(re.findall(r"^##+ (.*)$", text, re.MULTILINE))
+    for flag in VARIANTS[name]:
+        assert f"`{flag}" in headings
