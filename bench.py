@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 import configurator
 from configurator import ConfigError
 from model import GPT, GPTConfig
-from train import Corpus, TrainConfig, Trainer, World, memory_mb, pick_device
+from train import Corpus, TrainConfig, Trainer, World, dtype_name, memory_mb, pick_device
 
 
 @dataclass
@@ -180,6 +181,11 @@ def speeds(seconds):
     return rows
 
 
+def several(step, steps):
+    for _ in range(steps):
+        step()
+
+
 def step_memory(name, flags, batch, device, folder, queue):
     """Put the peak memory in MB of two training steps, in a process that does nothing else, into `queue`."""
     before = memory_mb(device)
@@ -224,11 +230,8 @@ def bench_step(cfg, device, sizes):
         for size in sizes:
             flags, batch, steps = STEP_SIZES[size]
             flags = flags | COMMON
-
-            def repeated(step, steps=steps):
-                return lambda: [step() for _ in range(steps)]
-
-            built = {name: repeated(make(flags, batch, device, folder)) for name, make in STEP_CONTENDERS.items()}
+            made = {name: make(flags, batch, device, folder) for name, make in STEP_CONTENDERS.items()}
+            built = {name: partial(several, step, steps) for name, step in made.items()}
             rows = speeds(interleave(built, cfg.repeats, device))
             for row in rows if cfg.memory else ():
                 row["memory_mb"] = in_fresh_process(step_memory, row["name"], flags, batch, device, folder)
@@ -243,20 +246,13 @@ def bench_decode(cfg, device, sizes):
         flags = DECODE_SIZES[size] | COMMON
         idx = torch.zeros(1, 1, dtype=torch.long, device=device)
         plain = PlainGPT(**flags).to(device).eval()
-        ours = {dtype: GPT(GPTConfig(**flags)).to(device, dtype).eval() for dtype in (torch.float32, torch.bfloat16)}
-
-        def write(model):
-            return lambda: model.generate(idx, cfg.tokens, temperature=0)
-
-        built = {"nanoGPT's way, float32": lambda: plain.write(idx, cfg.tokens)}
-        built["ours, recomputing, float32"] = lambda: ours[torch.float32].generate(
-            idx, cfg.tokens, temperature=0, use_cache=False
-        )
-        built |= {f"ours, {str(dtype).removeprefix('torch.')}": write(model) for dtype, model in ours.items()}
+        built = {"nanoGPT's way, float32": partial(plain.write, idx, cfg.tokens)}
+        for dtype in (torch.float32, torch.bfloat16):
+            model = GPT(GPTConfig(**flags)).to(device, dtype).eval()
+            built[f"ours, {dtype_name(dtype)}"] = partial(model.generate, idx, cfg.tokens, temperature=0)
         rows = speeds(interleave(built, cfg.repeats, device))
-        table(
-            f"greedy decoding of {cfg.tokens} tokens, {size}, block {flags['block_size']}", rows, "tokens", cfg.tokens
-        )
+        title = f"greedy decoding of {cfg.tokens} tokens, {size}, block {flags['block_size']}"
+        table(title, rows, "tokens", cfg.tokens)
         results[size] = rows
     return results
 

@@ -151,6 +151,10 @@ def pick_device(name):
     return name, "as asked"
 
 
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
 def cpu_has_bf16():
     """Whether this CPU multiplies bfloat16 matrices in hardware (AMX, AVX512-BF16); elsewhere they only cost time."""
     try:
@@ -646,7 +650,7 @@ def run(settings):
     trainer = Trainer(cfg, model, corpus, world, dtype, checkpoint)
     facts = {
         "config": asdict(cfg), "model_args": asdict(model.config), "git_commit": git_commit(), "device": world.device,
-        "dtype": str(dtype).removeprefix("torch."), "processes": world.size, "parameters": model.num_params(),
+        "dtype": dtype_name(dtype), "processes": world.size, "parameters": model.num_params(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }  # fmt: skip
     if world.is_main:
