@@ -3,6 +3,7 @@ Speed and memory, always beside a reference in the same run.
 
     python bench.py step      # training steps: nanoGPT's recipe as plain eager float32 PyTorch, and ours
     python bench.py decode    # greedy text: recomputing every token, as nanoGPT does, and ours with its state
+    python bench.py recipe    # the CPU recipe trained to its end by both: loss on the whole val split, several seeds
     python bench.py step --only=cpu --repeats=21
 
 Contenders take turns, so that a busy machine slows all of them. A speed is the median over rounds of the ratio to the
@@ -26,8 +27,9 @@ from torch.nn import functional as F
 
 import configurator
 from configurator import ConfigError
+from data.corpus import DataError
 from model import GPT, GPTConfig
-from train import Corpus, TrainConfig, Trainer, World, dtype_name, memory_mb, pick_device
+from train import Corpus, TrainConfig, Trainer, World, dtype_name, memory_mb, pick_device, pick_dtype
 
 
 @dataclass
@@ -38,11 +40,14 @@ class BenchConfig:
     only: str = ""  # comma-separated sizes; empty = all
     repeats: int = 11  # rounds; each contender runs once in each
     tokens: int = 512  # of decode: how many to write
+    seeds: int = 3  # of recipe: runs of each contender
+    max_iters: int = 2000  # of recipe: steps of a run
+    dtype: str = "auto"  # of recipe: the number format of our runs
     device: str = "cpu"  # "auto" | "cpu" | "cuda" | "mps"
     memory: bool = True  # also measure peak memory, in a process for each contender
 
     def __post_init__(self):
-        for name in ("repeats", "tokens"):
+        for name in ("repeats", "tokens", "seeds", "max_iters"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
 
@@ -105,16 +110,22 @@ class PlainGPT(nn.Module):
         return idx
 
 
-def plain_step(flags, batch, device, folder):
-    """A training step as nanoGPT's train.py does it on a CPU: AdamW (fused on CUDA only), clipping, loss fetched."""
+def plain_step(flags, batch, device, folder, max_iters=2000):
+    """(step, model): a training step as nanoGPT's train.py does it on a CPU, with the README's CPU recipe.
+
+    float32, AdamW (fused on CUDA only), warm-up and cosine, clipping, loss fetched every step.
+    """
     model = PlainGPT(**flags).to(device)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=device.startswith("cuda"))
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, 100)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, max_iters - 100), 1e-4)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], [100])
 
     def step():
-        data, T = np.memmap(Path(folder) / "bench" / "train.bin", np.uint16, mode="r"), flags["block_size"]
+        data, T = np.memmap(Path(folder) / "train.bin", np.uint16, mode="r"), flags["block_size"]
         starts = torch.randint(len(data) - T, (batch,)).tolist()
         x = torch.stack([torch.from_numpy(data[s : s + T].astype(np.int64)) for s in starts]).to(device)
         y = torch.stack([torch.from_numpy(data[s + 1 : s + 1 + T].astype(np.int64)) for s in starts]).to(device)
@@ -123,23 +134,25 @@ def plain_step(flags, batch, device, folder):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        schedule.step()
         return loss.item()
 
-    return step
+    return step, model
 
 
 def our_step(flags, batch, device, folder, dtype, compiles=False):
     """A step of train.py itself, loss fetched."""
     cfg = TrainConfig(
-        dataset="bench", data_dir=str(folder), batch_size=batch, gradient_accumulation_steps=1, learning_rate=1e-3,
+        dataset="", data_dir=str(folder), batch_size=batch, gradient_accumulation_steps=1, learning_rate=1e-3,
         warmup_iters=100, beta2=0.99, compile=compiles,
     )  # fmt: skip
     trainer = Trainer(cfg, GPT(GPTConfig(**flags)), Corpus(cfg), World(device, "auto"), dtype)
     return lambda: trainer.step()[0].item()
 
 
+REFERENCE = "nanoGPT's recipe, eager float32"
 STEP_CONTENDERS = {
-    "nanoGPT's recipe, eager float32": plain_step,
+    REFERENCE: lambda *a: plain_step(*a)[0],
     "ours, float32": lambda *a: our_step(*a, torch.float32),
     "ours, bfloat16": lambda *a: our_step(*a, torch.bfloat16),
     "ours, bfloat16, compiled": lambda *a: our_step(*a, torch.bfloat16, compiles=True),
@@ -223,10 +236,8 @@ def table(title, rows, unit, work):
 def bench_step(cfg, device, sizes):
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "bench"
-        data.mkdir()
         for split in ("train", "val"):
-            np.random.default_rng(0).integers(0, 65, 1_000_000).astype(np.uint16).tofile(data / f"{split}.bin")
+            np.random.default_rng(0).integers(0, 65, 1_000_000).astype(np.uint16).tofile(Path(folder) / f"{split}.bin")
         for size in sizes:
             flags, batch, steps = STEP_SIZES[size]
             flags = flags | COMMON
@@ -257,11 +268,53 @@ def bench_decode(cfg, device, sizes):
     return results
 
 
-BENCHES = {"step": (bench_step, STEP_SIZES), "decode": (bench_decode, DECODE_SIZES)}
+@torch.no_grad()
+def plain_val_loss(model, tokens):
+    """Mean cross entropy over the whole split, in windows of block_size that do not overlap."""
+    T, total = model.block_size, 0.0
+    for start in range(0, len(tokens) - 1, 64 * T):
+        piece = torch.from_numpy(tokens[start : start + 64 * T + 1].astype(np.int64))
+        for x, y in zip(piece[:-1].split(64 * T), piece[1:].split(64 * T)):
+            rows = len(x) // T * T
+            for a, b in ((x[:rows].view(-1, T), y[:rows].view(-1, T)), (x[None, rows:], y[None, rows:])):
+                total += model.loss(a, b).item() * b.numel() if b.numel() else 0.0
+    return total / (len(tokens) - 1)
+
+
+def bench_recipe(cfg, device, sizes):
+    """Losses on the whole val split at the end of the CPU recipe, ours by train.py's own code and config."""
+    rows = {REFERENCE: [], "ours": []}
+    for seed in range(cfg.seeds):
+        words = ["config/train_shakespeare_char_cpu.py", f"--seed={seed}", f"--max_iters={cfg.max_iters}"]
+        settings = configurator.read(words, TrainConfig, GPTConfig)
+        train_cfg = settings.build(TrainConfig)
+        corpus = Corpus(train_cfg)
+        torch.manual_seed(seed)
+        flags = {k: settings.values[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+        flags["vocab_size"] = corpus.meta["vocab_size"]
+        step, plain = plain_step(flags, train_cfg.batch_size, device, corpus.folder, cfg.max_iters)
+        several(step, cfg.max_iters)
+        rows[REFERENCE].append(plain_val_loss(plain, corpus.splits["val"]))
+        torch.manual_seed(seed)
+        dtype = pick_dtype(cfg.dtype, device)[0]
+        trainer = Trainer(train_cfg, GPT(GPTConfig(**flags)), corpus, World(device, "auto"), dtype)
+        several(trainer.step, cfg.max_iters)
+        rows["ours"].append(trainer.evaluate()["val_loss"])
+        print(f"seed {seed}: " + ", ".join(f"{name} {losses[-1]:.4f}" for name, losses in rows.items()), flush=True)
+    means = {name: statistics.fmean(losses) for name, losses in rows.items()}
+    print("mean: " + ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
+    return {"losses": rows, "means": means, "dtype": dtype_name(dtype), "max_iters": cfg.max_iters}
+
+
+BENCHES = {
+    "step": (bench_step, STEP_SIZES),
+    "decode": (bench_decode, DECODE_SIZES),
+    "recipe": (bench_recipe, {"cpu": None}),
+}
 
 
 def main():
-    with configurator.one_line_errors("bench.py"):
+    with configurator.one_line_errors("bench.py", DataError):
         what, *words = sys.argv[1:] or ["--help"]
         settings = configurator.read([what, *words] if what.startswith("-") else words, BenchConfig, doc=__doc__)
         cfg = settings.build(BenchConfig)
@@ -272,8 +325,8 @@ def main():
         if unknown := [s for s in chosen if s not in sizes]:
             raise ConfigError(f"--only={cfg.only}: no {unknown[0]!r}; there are {', '.join(sizes)}")
         device, _ = pick_device(cfg.device)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {device}, {cfg.repeats} rounds")
-    results = bench(cfg, device, chosen)
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {device}")
+        results = bench(cfg, device, chosen)
     print(json.dumps({"bench": what, "torch": torch.__version__, "device": device, "results": results}))
 
 

@@ -1,0 +1,3 @@
+# No position table: what causality alone tells about order.
+out_dir = "out-ablation/no_positions"
+pos_embedding = "none"

@@ -1,0 +1,337 @@
+"""
+Makes data/openwebtext: 8,013,769 documents, about 9 billion GPT-2 tokens (17 GB), streamed, in constant memory.
+
+Documents are read one after another, tokenised in worker processes and appended to train.bin.tmp and val.bin.tmp, each
+followed by the end-of-text id. progress.json records how far the disk has it; a run that was killed at any instant goes
+on from there, and ends with the same bytes as one that was not. --text_file sends a local file down the same path.
+"""
+
+import glob
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, from any working directory
+
+import configurator  # noqa: E402
+from data import corpus  # noqa: E402
+from data.corpus import DataError  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = "Skylion007/openwebtext"
+DOCUMENTS = 8_013_769  # in REPOSITORY: only the progress bar's total
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # a worker's task ends at whichever comes first
+SPLITS = ("train", "val")
+
+
+@dataclass
+class PrepareConfig:
+    text_file: str | None = None  # a local file instead: .jsonl (field "text"), else text (a document a paragraph)
+    tokenizer: str = "gpt2"  # gpt2 or byte
+    val_share: float = 0.0005  # probability of a document to go to the val split
+    limit: int | None = None  # stop after so many documents
+    num_proc: int = min(os.cpu_count() or 1, 16)  # worker processes; 1: none, tokenise in this one
+    save_every: int = 5000  # documents between two saves of the progress: what a kill can lose
+    revision: str = "main"  # branch, tag or commit of the Hugging Face repository
+    out_dir: str | None = None  # where the data set goes; None: the script's folder
+    restart: bool = False  # throw an unfinished run's work away
+
+    def __post_init__(self):
+        if self.tokenizer not in ("gpt2", "byte"):
+            raise ValueError(f"--tokenizer={self.tokenizer}: expected gpt2 or byte")
+        if not 0 <= self.val_share <= 1:
+            raise ValueError(f"--val_share={self.val_share}: expected 0 to 1")
+        for name, value in (("limit", self.limit), ("num_proc", self.num_proc), ("save_every", self.save_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name}={value}: expected 1 or more")
+        if self.text_file is not None and not (os.path.isfile(self.text_file) and os.path.getsize(self.text_file)):
+            raise ValueError(f"--text_file={self.text_file}: no such file, or it is empty")
+
+    @property
+    def source(self):
+        return str(Path(self.text_file).resolve()) if self.text_file else f"{REPOSITORY}@{self.revision}"
+
+    @property
+    def settings(self):
+        """Everything that changes the result."""
+        keep = ("tokenizer", "val_share", "limit")
+        return {"source": self.source} | {k: v for k, v in asdict(self).items() if k in keep}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading.
+
+
+def open_stream(config):
+    """The source as a streaming Hugging Face data set with a "text" column: nothing is downloaded ahead or cached."""
+    try:
+        import datasets
+        import huggingface_hub
+    except ImportError:
+        raise DataError("openwebtext needs the package datasets: pip install datasets") from None
+    datasets.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()  # it would announce each retry
+    if config.text_file is None:
+        return datasets.load_dataset(REPOSITORY, revision=config.revision, split="train", streaming=True)
+    lines = Path(config.text_file).name.split(".", 1)[-1].startswith("jsonl")  # also .jsonl.gz
+    kind, options = ("json", {}) if lines else ("text", {"sample_by": "paragraph"})
+    options |= {"data_files": glob.escape(str(Path(config.text_file).resolve())), "chunksize": 1 << 20}
+    return datasets.load_dataset(kind, split="train", streaming=True, **options)
+
+
+def documents(config):
+    """Yield the documents' texts, in the source's order; DataError where it cannot be read."""
+    from_hub = config.text_file is None
+    try:
+        for index, row in enumerate(open_stream(config)):
+            text = row.get("text")
+            if not isinstance(text, str):
+                raise DataError(f"{config.source}: document {index} has no 'text' string")
+            yield text
+    except DataError:
+        raise
+    except (OSError, ValueError, RuntimeError) as e:  # network, encoding, JSON; RuntimeError: a loading script
+        hint = ""
+        if from_hub and "script" in str(e):
+            hint = "; try --revision=refs/convert/parquet, Hugging Face's own conversion"
+        elif from_hub:
+            hint = "; without a network, use --text_file=FILE; what was already written is kept for the next run"
+        raise DataError(f"{config.source} cannot be read ({type(e).__name__}: {e}){hint}") from e
+
+
+def extend(digest, text):
+    """The running digest after one more document: sha256 of the digest before, then the text. It can be resumed."""
+    return hashlib.sha256(bytes.fromhex(digest) + text.encode()).hexdigest()
+
+
+def batches(texts, digest):
+    """Yield (list of documents, the digest after them)."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        digest = extend(digest, text)
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            yield batch, digest
+            batch, size = [], 0
+    if batch:
+        yield batch, digest
+
+
+def skip_done(texts, progress):
+    """Read past the documents that an earlier run wrote, making sure that they are the same ones."""
+    digest = ""
+    for text in islice(texts, progress.documents):
+        digest = extend(digest, text)
+    if digest != progress.digest:
+        raise DataError(f"{progress.settings['source']} changed since the run to resume; start over with --restart")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenising.
+
+worker = {}  # a worker process's tokenizer
+
+
+def start_worker(name):
+    worker["tokenizer"] = corpus.build_tokenizer(name)
+
+
+def start_process(name):
+    """Start a worker in its own process: Ctrl-C is the parent's business, and a killed parent leaves no orphan."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow_parent, daemon=True).start()
+    start_worker(name)
+
+
+def follow_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def encode(batch):
+    """[(ids and end-of-text as bytes of the .bin, UTF-8 bytes of the text)] of a list of documents."""
+    tokenizer = worker["tokenizer"]
+    dtype = corpus.dtype_for(tokenizer.vocab_size)
+    return [(np.array([*tokenizer.encode(t), tokenizer.eot], dtype).tobytes(), len(t.encode())) for t in batch]
+
+
+def encoded(batches, config):
+    """Yield (encoded documents, digest) in order. At most 2 batches a worker are in memory, however slow the disk."""
+    if config.num_proc == 1:
+        start_worker(config.tokenizer)
+        for batch, digest in batches:
+            yield encode(batch), digest
+        return
+    spawn = multiprocessing.get_context("spawn")  # forking a process that has pyarrow's threads can deadlock
+    pool = ProcessPoolExecutor(config.num_proc, spawn, start_process, (config.tokenizer,))
+    pending = deque()
+    try:
+        for batch, digest in batches:
+            pending.append((pool.submit(encode, batch), digest))
+            if len(pending) > 2 * config.num_proc:
+                future, digest = pending.popleft()
+                yield future.result(), digest
+        while pending:
+            future, digest = pending.popleft()
+            yield future.result(), digest
+    except BrokenProcessPool as e:
+        raise DataError("a worker process died (out of memory?); run again to go on, with a lower --num_proc") from e
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing.
+
+
+@dataclass
+class Progress:
+    """How far the disk has it."""
+
+    settings: dict
+    documents: int = 0
+    digest: str = ""  # chained over the documents
+    bin_bytes: dict = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    text_bytes: dict = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # UTF-8, without end-of-text
+    finished: bool = False  # everything is written; only the renaming may be left
+
+    def save(self, out_dir):
+        corpus.replace_file(out_dir / "progress.json", json.dumps(asdict(self), indent=1).encode("ascii"))
+
+    @classmethod
+    def load(cls, out_dir, settings, restart):
+        """The progress to go on from: that of an unfinished run with the same settings, or a new one."""
+        file = out_dir / "progress.json"
+        if restart or not file.exists():
+            return cls(settings)
+        try:
+            progress = cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as e:
+            raise DataError(f"{file} is damaged; start over with --restart") from e
+        changed = [k for k in settings if progress.settings.get(k) != settings[k]]
+        if changed:
+            told = ", ".join(f"{k}={progress.settings.get(k)}" for k in changed)
+            raise DataError(f"{out_dir} holds an unfinished run with {told}; repeat that, or start over with --restart")
+        return progress
+
+
+def is_val(index, share):
+    """Whether document `index` goes to the val split: a stateless coin, so that resuming cannot change it."""
+    coin = hashlib.blake2b(str(index).encode(), digest_size=8).digest()
+    return int.from_bytes(coin, "big") < share * 2**64
+
+
+def open_bin(file, size):
+    """`file` for appending, cut back to the `size` bytes that progress.json vouches for."""
+    have = file.stat().st_size if file.exists() else 0
+    if have < size:
+        raise DataError(f"{file} has {have} bytes, progress.json says {size}; start over with --restart")
+    f = open(file, "r+b" if file.exists() else "w+b")
+    f.truncate(size)
+    f.seek(size)
+    return f
+
+
+def save(progress, bins, out_dir):
+    """Bring the bins to the disk, then say so."""
+    for f in bins.values():
+        f.flush()
+        os.fsync(f.fileno())
+    progress.save(out_dir)
+
+
+def progress_bar(config, progress):
+    """Documents, or bytes of a plain local file, whose number of documents is not known."""
+    quiet = 0.5 if sys.stderr.isatty() else 30  # seconds between two lines
+    if config.text_file is None or config.limit:
+        return tqdm(total=config.limit or DOCUMENTS, initial=progress.documents, unit=" docs", mininterval=quiet)
+    total = None if config.text_file.endswith((".gz", ".zst", ".bz2", ".xz")) else os.path.getsize(config.text_file)
+    done = sum(progress.text_bytes.values())
+    return tqdm(total=total, initial=done, unit="B", unit_scale=True, mininterval=quiet)
+
+
+def tokenise(config, progress, out_dir):
+    """Append all that is left of the source to the temporary bins."""
+    stream = documents(config)
+    first = list(islice(stream, 1))  # connects: nothing is shown or made before that works
+    if not first:
+        raise DataError(f"{config.source} holds no documents")
+    texts = islice(chain(first, stream), config.limit)
+    skip_done(texts, progress)
+    saved = progress.documents
+    with ExitStack() as stack:
+        bins = {s: stack.enter_context(open_bin(out_dir / f"{s}.bin.tmp", progress.bin_bytes[s])) for s in SPLITS}
+        bar = stack.enter_context(progress_bar(config, progress))
+        for batch, digest in encoded(batches(texts, progress.digest), config):
+            for index, (ids, text_bytes) in enumerate(batch, start=progress.documents):
+                split = "val" if is_val(index, config.val_share) else "train"
+                bins[split].write(ids)
+                progress.bin_bytes[split] += len(ids)
+                progress.text_bytes[split] += text_bytes
+            progress.documents += len(batch)
+            progress.digest = digest
+            bar.update(len(batch) if bar.unit == " docs" else sum(text_bytes for _, text_bytes in batch))
+            if progress.documents - saved >= config.save_every:
+                save(progress, bins, out_dir)
+                saved = progress.documents
+        progress.finished = True
+        save(progress, bins, out_dir)
+
+
+def finish(progress, out_dir, tokenizer):
+    """Rename the bins, write meta.json, forget the progress. A kill in between is repaired by doing it again."""
+    for split in SPLITS:
+        tmp = out_dir / f"{split}.bin.tmp"
+        if tmp.exists():
+            os.replace(tmp, out_dir / f"{split}.bin")
+    size = np.dtype(corpus.dtype_for(tokenizer.vocab_size)).itemsize
+    tokens = {s: progress.bin_bytes[s] // size for s in SPLITS}
+    source = progress.settings["source"]
+    meta = corpus.make_meta("openwebtext", tokenizer, tokens, progress.text_bytes, source, progress.digest)
+    corpus.write_meta(out_dir, meta)
+    (out_dir / "progress.json").unlink()
+    return meta
+
+
+def main():
+    with configurator.one_line_errors("prepare.py", DataError, OSError):
+        config = configurator.read(sys.argv[1:], PrepareConfig, doc=__doc__).build(PrepareConfig)
+        out_dir = Path(config.out_dir) if config.out_dir else HERE
+        tokenizer = corpus.build_tokenizer(config.tokenizer)  # here first: it may have to be fetched
+        out_dir.mkdir(parents=True, exist_ok=True)
+        progress = Progress.load(out_dir, config.settings, config.restart)
+        if progress.documents:
+            print(f"going on after {progress.documents:,} documents (reading past them first)", flush=True)
+        if not progress.finished:
+            tokenise(config, progress, out_dir)
+        meta = finish(progress, out_dir, tokenizer)
+        print(f"openwebtext: {progress.documents:,} documents of {config.source}")
+        print(
+            f"train {meta['train_tokens']:,} tokens, val {meta['val_tokens']:,} tokens"
+            f" ({meta['tokenizer']}, {meta['vocab_size']:,} ids, {meta['dtype']}) -> {out_dir}"
+        )
+        if not meta["val_tokens"]:
+            print("the val split is empty: prepare again with a larger --val_share to be able to evaluate")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("prepare.py: interrupted; the same command goes on from the last save", file=sys.stderr)
+        raise SystemExit(130) from None
