@@ -342,7 +342,10 @@ def set_rng_states(states):
 
 
 class Diverged(ArithmeticError):
-    """The loss is no longer a number."""
+    """The loss is no longer a number; checkpoints written before are good."""
+
+    def __str__(self):
+        return f"{super().__str__()}; checkpoints saved before it are good, lower --learning_rate"
 
 
 class Trainer:
@@ -381,7 +384,10 @@ class Trainer:
 
     def restore(self, checkpoint):
         """Go on where `checkpoint` stopped; nanoGPT's has no scaler and no random states."""
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if "optimizer" not in checkpoint:
+            raise CheckpointError("the checkpoint has no optimiser state: it can write text but not go on training")
+        own = self.optimizer.state_dict()  # its groups hold this run's weight decay and betas
+        self.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": own["param_groups"]})
         self.scaler.load_state_dict(checkpoint.get("scaler", {}))
         self.iter_num, self.best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
         states = checkpoint.get("rng", [])
@@ -420,9 +426,9 @@ class Trainer:
             with self.autocast:
                 loss = self.forward(x, y)[1]
             n = int((y != -1).sum())
-            loss_sum, count = loss_sum + loss.double() * n, count + n
+            loss_sum, count = loss_sum + loss.item() * n, count + n
         self.model.train()
-        loss_sum, count = self.world.sum([float(loss_sum), count])
+        loss_sum, count = self.world.sum([loss_sum, count])
         return loss_sum / count
 
     def evaluate(self):
@@ -462,8 +468,10 @@ class Trainer:
             save_checkpoint(Path(self.cfg.out_dir) / name, checkpoint)
 
     def evaluate_and_save(self):
-        """`evaluate`, then the checkpoints that its result asks for."""
+        """`evaluate`, then the checkpoints its result asks for. Diverged, with nothing saved, if it is no number."""
         results = self.evaluate()
+        if not math.isfinite(results["val_loss"]):
+            raise Diverged(f"the validation loss is {results['val_loss']} at step {self.iter_num}")
         better = results["val_loss"] < self.best_val_loss
         self.best_val_loss = min(results["val_loss"], self.best_val_loss)
         if better or self.cfg.always_save_checkpoint:
@@ -619,16 +627,20 @@ def prepare_out_dir(cfg, model, is_new):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask for a stop after the step; a second one quits at once."""
+    """While it is open, Ctrl-C and SIGTERM ask for a stop after the step; a second one quits at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def ask(self, number, frame):
         self.requested = True
         signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def run(settings):
@@ -639,7 +651,8 @@ def run(settings):
     device, why_device = pick_device(cfg.device)
     dtype, why_dtype = pick_dtype(cfg.dtype, device)
     world = World(device, cfg.backend)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(cfg.seed)
     corpus = Corpus(cfg)
     model = build_model(settings, checkpoint, corpus)
@@ -667,7 +680,8 @@ def run(settings):
     else:
         log = Log(cfg, model, trainer.iter_num, facts) if world.is_main else None
         try:
-            loop(trainer, log, tokenizer)
+            with Stop() as stop:
+                loop(trainer, log, tokenizer, stop)
         finally:
             if log:
                 log.close()
@@ -683,9 +697,9 @@ def check_packages(cfg):
             raise ConfigError(f"--{package}_log needs the package {package}: pip install {package}")
 
 
-def loop(trainer, log, tokenizer):
-    """Train to max_iters, or to a signal. `log` is None on all processes but the main one."""
-    cfg, world, stop = trainer.cfg, trainer.world, Stop()
+def loop(trainer, log, tokenizer, stop):
+    """Train to max_iters, or until a stop is asked for. `log` is None on all processes but the main one."""
+    cfg, world = trainer.cfg, trainer.world
     losses = []  # of the steps since the last look, still on the device
     logged, clock = trainer.iter_num, time.perf_counter()
 
@@ -694,7 +708,7 @@ def loop(trainer, log, tokenizer):
         means = [x / world.size for x in world.sum(torch.stack(losses).tolist())] if losses else []
         for step, loss in enumerate(means, trainer.iter_num - len(means)):
             if not math.isfinite(loss):
-                raise Diverged(f"the loss is {loss} at step {step}; the last good checkpoint is in {cfg.out_dir}")
+                raise Diverged(f"the loss or its gradient is {loss} at step {step}")
         losses.clear()
         return means[-1] if means else None
 
@@ -711,7 +725,7 @@ def loop(trainer, log, tokenizer):
             log.say(f"--- a sample at step {i} ---\n{trainer.write_sample(tokenizer).strip()}\n---")
         clock += time.perf_counter() - pause
         loss, norm = trainer.step()
-        losses.append(loss)
+        losses.append(loss if trainer.scaler.is_enabled() else loss + 0 * norm)  # a norm that is no number: nor is this
         if i % cfg.log_interval == 0:
             loss = look()
             seconds = (time.perf_counter() - clock) / (trainer.iter_num - logged)
@@ -743,7 +757,7 @@ def devices(text):
 
 
 def main(argv=None):
-    with configurator.one_line_errors("train.py", DataError, CheckpointError, Diverged):
+    with configurator.one_line_errors("train.py", DataError, CheckpointError, Diverged, OSError):
         aliases = {"precision": precision, "devices": devices}
         words = sys.argv[1:] if argv is None else argv
         run(configurator.read(words, TrainConfig, GPTConfig, doc=__doc__, aliases=aliases))

@@ -568,7 +568,7 @@ def test_text_file_equals_direct_tokenisation(owt, kind, tmp_path):
 
 
 def test_jsonl_and_limit(owt, tmp_path):
-    docs = [d + "\n\nwith a blank line\u2028 and a quote \"" for d in paragraphs(500)]
+    docs = [d + '\n\nwith a blank line\u2028 and a quote "' for d in paragraphs(500)]
     file = tmp_path / "t.jsonl"
     file.write_text("".join(json.dumps({"id": i, "text": d}) + "\n" for i, d in enumerate(docs)), encoding="utf-8")
     args = (f"--text_file={file}", "--tokenizer=byte", "--val_share=0.2", "--num_proc=1")
