@@ -260,6 +260,7 @@ class GPT(nn.Module):
         """Yield one new token a sequence at a time, (B, 1) int64, after the prompts idx (B, T); see `generate`."""
         if idx.dim() != 2 or idx.size(1) == 0:
             raise ValueError(f"the prompt must be (B, T) with T >= 1, not {tuple(idx.shape)}")
+        check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, repetition_window)
         training, limit = self.training, self.max_positions
         state = DecodingState() if use_cache else None
         self.eval()
@@ -320,8 +321,8 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """Shorten the context, e.g. of a pre-trained model. ValueError if it would have to grow."""
-        if block_size > self.config.block_size:
-            raise ValueError(f"cannot grow block_size from {self.config.block_size} to {block_size}")
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"block_size={block_size}: must be 1 to {self.config.block_size}, it can only shrink")
         self.config.block_size = block_size
         if self.config.pos_embedding == "learned":
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
@@ -356,7 +357,14 @@ class GPT(nn.Module):
 
         if name_or_dir not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not Path(name_or_dir).is_dir():
             raise ValueError(f"{name_or_dir}: neither gpt2, gpt2-medium, gpt2-large, gpt2-xl nor a directory")
-        hf = GPT2LMHeadModel.from_pretrained(name_or_dir)
+        from safetensors import SafetensorError
+
+        try:
+            hf, found = GPT2LMHeadModel.from_pretrained(name_or_dir, output_loading_info=True)
+        except (SafetensorError, RuntimeError) as e:
+            raise ValueError(f"{name_or_dir}: its weights are damaged or of other shapes: {e}") from e
+        if found["missing_keys"] or found["unexpected_keys"]:  # transformers would fill or drop them without a word
+            raise ValueError(f"{name_or_dir}: its tensors do not match its config.json: {found}")
         c = hf.config
         plain = {"model_type": "gpt2", "n_inner": (None, 4 * c.n_embd), "layer_norm_epsilon": 1e-5}
         plain |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
@@ -395,12 +403,24 @@ class GPT(nn.Module):
         hf.save_pretrained(directory)
 
 
+def check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, repetition_window):
+    """Refuse settings out of range with a ValueError that names one; nan is out of every range."""
+    good = {
+        "max_new_tokens": max_new_tokens >= 0,
+        "temperature": temperature == 0 or temperature >= 1e-6,  # below, float32 logits overflow
+        "top_k": top_k is None or top_k >= 1,
+        "top_p": top_p is None or 0 < top_p <= 1,
+        "min_p": min_p is None or 0 <= min_p <= 1,
+        "repetition_penalty": 0 < repetition_penalty < math.inf,
+        "repetition_window": repetition_window is None or repetition_window >= 0,
+    }
+    ranges = {"temperature": "0 or above 1e-6", "top_k": ">= 1", "top_p": "in (0, 1]", "min_p": "in [0, 1]"}
+    for name in (name for name, fine in good.items() if not fine):
+        raise ValueError(f"{name} must be {ranges.get(name, 'positive')}")
+
+
 def next_token(logits, idx, temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, generator):
     """Sample (B, 1) token ids from logits (B, V) after the tokens idx (B, T). See `GPT.generate`."""
-    if temperature < 0 or repetition_penalty <= 0:
-        raise ValueError("temperature must be >= 0 and repetition_penalty > 0")
-    if (top_k is not None and top_k < 1) or not all(p is None or 0 <= p <= 1 for p in (top_p, min_p)) or top_p == 0:
-        raise ValueError("top_k must be >= 1, top_p in (0, 1], min_p in [0, 1]")
     if repetition_penalty != 1.0:
         seen = idx if repetition_window is None else idx[:, max(0, idx.size(1) - repetition_window) :]
         score = logits.gather(1, seen)
@@ -412,7 +432,7 @@ def next_token(logits, idx, temperature, top_k, top_p, min_p, repetition_penalty
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:  # the fewest tokens whose probabilities reach top_p
+    if top_p is not None and top_p < 1:  # the fewest tokens whose probabilities reach top_p
         sorted_probs, order = logits.softmax(-1).sort(descending=True)
         beyond = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # reached before this token
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)

@@ -6,6 +6,7 @@ Write text with a trained model.
     cat prompt.txt | python sample.py --start=- --stop="\n\n"
 """
 
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class SampleConfig:
     start: str = "\n"  # the prompt; "FILE:path" reads a file, "-" standard input
     num_samples: int = 1  # texts, generated as one batch
     max_new_tokens: int = 500  # tokens each
-    stop: tuple[str, ...] = ()  # end a text before the first of these strings
+    stop: tuple[str, ...] = ()  # end a text before whichever of these strings is complete first
     stream: bool = False  # print while writing (one sample)
     # -- sampling -----------------------------------------------------------------------------------------------------
     temperature: float = 0.8  # 1 = as trained, below: bolder, 0 = greedy
@@ -49,9 +50,9 @@ class SampleConfig:
     use_cache: bool = True  # remember keys, values and states; False recomputes everything for each token
 
     def __post_init__(self):
-        for name in ("num_samples", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, least in {"num_samples": 1, "max_new_tokens": 1, "seed": 0}.items():
+            if not least <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least} (and below 2^63)")
         if self.stream and self.num_samples > 1:
             raise ValueError("stream=True prints one text as it grows: use num_samples=1")
         if "" in self.stop:
@@ -79,12 +80,11 @@ def load(cfg):
 
 def prompt(start):
     """The text that --start stands for."""
-    if start == "-":
-        return sys.stdin.read()
-    if not start.startswith("FILE:"):
+    if start != "-" and not start.startswith("FILE:"):
         return start
     try:
-        return Path(start[5:]).read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if start == "-" else Path(start[5:]).read_bytes()
+        return data.decode("utf-8-sig").replace("\r\n", "\n")  # as the corpora are read
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"--start={start}: cannot be read ({e})") from e
 
@@ -121,8 +121,15 @@ def grow(model, tokenizer, idx, cfg):
             return
 
 
-def write(text):
-    print(text, end="", flush=True)
+def print_growing(start, texts, stops):
+    """Print a text as it grows, holding back what may yet become a stop string or is half a character."""
+    print(start, end="", flush=True)
+    hold, shown = max((len(s) for s in stops), default=1) - 1, 0
+    for (text,) in texts:
+        end = max(shown, len(text.rstrip("\ufffd")) - hold)
+        print(text[shown:end], end="", flush=True)
+        shown = end
+    print(text[shown:])
 
 
 def run(settings):
@@ -142,15 +149,7 @@ def run(settings):
     try:
         texts = grow(model, tokenizer, idx, cfg)
         if cfg.stream:
-            write(text)
-            shown = 0
-            hold = max((len(s) for s in cfg.stop), default=1) - 1  # what may yet become a stop string waits
-            for (grown,) in texts:
-                end = len(grown.rstrip("\ufffd")) - hold  # an unfinished character waits too
-                write(grown[shown:end])
-                shown = max(shown, end)
-            print(grown[shown:])
-            return
+            return print_growing(text, texts, cfg.stop)
         *_, last = texts
     except ValueError as e:
         raise ConfigError(str(e)) from e
@@ -160,6 +159,8 @@ def run(settings):
 
 
 def main(argv=None):
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sample.py | head` ends quietly
     with configurator.one_line_errors("sample.py", DataError, CheckpointError):
         run(configurator.read(sys.argv[1:] if argv is None else argv, SampleConfig, doc=__doc__))
 

@@ -27,7 +27,22 @@ from data.corpus import DataError  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"
 OPENWEBTEXT = ROOT / "data" / "openwebtext" / "prepare.py"
-WORDS = "winter discontent glorious summer York clouds lour house bosom ocean brows victorious wreaths arms".split()
+WORDS = [
+    "winter",
+    "discontent",
+    "glorious",
+    "summer",
+    "York",
+    "clouds",
+    "lour",
+    "house",
+    "bosom",
+    "ocean",
+    "brows",
+    "victorious",
+    "wreaths",
+    "arms",
+]
 
 
 def cached_bpe():

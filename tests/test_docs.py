@@ -1,0 +1,57 @@
+"""What the documents say about the code is true of the code."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def helped(script):
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_help_excerpts_in_the_readme(script):
+    excerpt = README.split(f"`python {script} --help`:")[1].split("```")[1].strip("\n").splitlines()
+    assert len(excerpt) >= 3 and set(excerpt) <= set(helped(script))
+
+
+def test_files_and_links_named_in_the_documents_exist():
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "data/README.md"]
+    for path in documents:
+        text = path.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#]+)", text):
+            assert link.startswith("http") or (path.parent / link).exists(), f"{path.name}: {link}"
+        for file in re.findall(r"\b(?:config|data|tests|docs|kernels)/[\w/]+\.(?:py|md)\b", text):
+            placeholder = re.search(r"NAME|data/mine|config/x\.py", file)
+            assert placeholder or (ROOT / file).exists(), f"{path.name}: {file}"
+
+
+def test_readme_python_runs():
+    blocks = re.findall(r"(?:^    .*\n|^\n)+", README.split("## In Python")[1], re.MULTILINE)
+    code = "\n".join(line[4:] for line in blocks[0].splitlines())
+    assert "GPT(" in ast.unparse(ast.parse(code))
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "config").rglob("*.py")), ids=lambda p: p.stem)
+def test_every_config_resolves(config):
+    done = subprocess.run([sys.executable, ROOT / "train.py", config, "--print_config"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_flag_of_the_model_is_in_variants_md():
+    from dataclasses import fields
+
+    from model import GPTConfig
+
+    sizes = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout"}
+    text = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
+    assert [f.name for f in fields(GPTConfig) if f.name not in sizes and f"`{f.name}`" not in text] == []
