@@ -19,30 +19,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from data import corpus
+from data.corpus import DataError
 
-from data import corpus  # noqa: E402
-from data.corpus import DataError  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 SHARED = ROOT.parent / "shared" / "data"
 OPENWEBTEXT = ROOT / "data" / "openwebtext" / "prepare.py"
 WORDS = [
-    "winter",
-    "discontent",
-    "glorious",
-    "summer",
-    "York",
-    "clouds",
-    "lour",
-    "house",
-    "bosom",
-    "ocean",
-    "brows",
-    "victorious",
-    "wreaths",
-    "arms",
-]
+    "winter", "discontent", "glorious", "summer", "York", "clouds", "lour", "house", "bosom",
+    "ocean", "brows", "victorious", "wreaths", "arms",
+]  # fmt: skip
 
 
 def cached_bpe():
@@ -81,9 +68,9 @@ def load_script(path):
 def tiny():
     """Path of the exact tiny Shakespeare."""
     for place in (os.environ.get("TINYSHAKESPEARE"), SHARED / "tinyshakespeare.txt"):
-        if place and Path(place).is_file():
-            if hashlib.sha256(Path(place).read_bytes()).hexdigest() == corpus.SHAKESPEARE_SHA256:
-                return Path(place)
+        file = Path(place or "")
+        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == corpus.SHAKESPEARE_SHA256:
+            return file
     pytest.skip("no tiny Shakespeare here: the exact counts need that corpus (set TINYSHAKESPEARE)")
 
 
