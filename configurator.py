@@ -248,7 +248,7 @@ def print_help(keys, doc):
 
 
 def print_config(settings):
-    """Print the configuration as Python assignments: the output is itself a config file."""
+    """Print the configuration as a config file; defaults are comments, so that a data set may still choose its own."""
     group = None
     for key in settings.keys.values():
         if key.group != group:
@@ -256,7 +256,8 @@ def print_config(settings):
             print(f"# -- {group}")
         value = settings.values[key.name]
         special = type(value) is float and not math.isfinite(value)  # Python has no literal for inf and nan
-        print(f"{key.name} = float('{value}')" if special else f"{key.name} = {value!r}")
+        text = f"float('{value}')" if special else repr(value)
+        print(f"{'' if key.name in settings.given else '# '}{key.name} = {text}")
 
 
 @contextmanager

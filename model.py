@@ -457,6 +457,10 @@ def transpose_conv1d(weights):
 CHECKPOINT_FORMAT = 1
 
 
+# what unpickling bytes that were flipped or cut off can raise
+DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, unsafe or of another version; the message says what to do."""
 
@@ -479,11 +483,24 @@ def save_checkpoint(path, checkpoint):
             os.fsync(directory)
             os.close(directory)
     except (OSError, RuntimeError) as e:
-        temporary.unlink(missing_ok=True)
         cause = e if isinstance(e, OSError) else e.__context__  # torch's zip writer raises its own error on top
         if not isinstance(cause, OSError):
             raise
         raise CheckpointError(f"{path}: cannot be written ({cause.strerror}); an older one is untouched") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def looks_like_pickle(path):
+    """Whether a file starts as pickles do: protocol 2 and later, torch's zip files, or protocol 0's first words."""
+    with open(path, "rb") as f:
+        start = f.read(2)
+    return start == b"PK" or start[:1] in (b"\x80", b"c", b"(")
+
+
+def named(parts, kind):
+    """Whether `parts` is a dict from names to instances of `kind`."""
+    return isinstance(parts, dict) and all(isinstance(k, str) and isinstance(v, kind) for k, v in parts.items())
 
 
 def load_checkpoint(path, map_location="cpu"):
@@ -497,15 +514,17 @@ def load_checkpoint(path, map_location="cpu"):
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; train one first, or set --out_dir") from None
     except pickle.UnpicklingError as e:
-        if "Unsupported" in str(e) or "GLOBAL" in str(e):
+        text = str(e)
+        if "Unsupported global" in text or "GLOBAL" in text or (looks_like_pickle(path) and "Unsupported" in text):
             raise CheckpointError(f"{path}: holds code, not only tensors; refused, nothing in it was run") from e
         raise CheckpointError(f"{path}: damaged or not a checkpoint; restore a copy or train again") from e
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+    except DAMAGE as e:
         raise CheckpointError(f"{path}: truncated or damaged; restore a copy or train again") from e
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+    parts = checkpoint if isinstance(checkpoint, dict) else {}
+    if not (named(parts.get("model"), torch.Tensor) and named(parts.get("model_args"), object)):
         raise CheckpointError(f"{path}: a PyTorch file, but no checkpoint of nanoChimera or nanoGPT")
     version = checkpoint.get("format", 0)  # nanoGPT's own has none
-    if version > CHECKPOINT_FORMAT:
+    if version not in range(CHECKPOINT_FORMAT + 1):
         raise CheckpointError(f"{path}: format {version}, but this version reads up to {CHECKPOINT_FORMAT}; update")
     # nanoGPT: torch.compile's prefix, and the causal mask that it keeps as a buffer without flash attention
     weights = {k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 import configurator
 from configurator import ROOT, ConfigError
-from data.corpus import DataError, load_meta, load_tokenizer, open_split
+from data.corpus import DataError, load_meta, load_tokenizer, open_split, replace_file
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint, one_of, save_checkpoint
 
 
@@ -268,6 +269,8 @@ def resume(settings):
             raise CheckpointError(f"{out_dir}: no checkpoint to resume from; start with --init_from=scratch")
         return settings, None
     checkpoint = load_checkpoint(path)
+    if "format" in checkpoint and not isinstance(checkpoint.get("config"), dict):
+        raise CheckpointError(f"{path}: has no training configuration; give a config file and --init_from=scratch")
     if "format" in checkpoint:  # ours; nanoGPT's settings belong to another machine and are given anew
         inherited = {f.name for f in fields(TrainConfig)} - {"out_dir", "init_from", "eval_only"} - settings.given
         values = settings.values | {k: v for k, v in checkpoint["config"].items() if k in inherited}
@@ -384,15 +387,21 @@ class Trainer:
 
     def restore(self, checkpoint):
         """Go on where `checkpoint` stopped; nanoGPT's has no scaler and no random states."""
-        if "optimizer" not in checkpoint:
-            raise CheckpointError("the checkpoint has no optimiser state: it can write text but not go on training")
         own = self.optimizer.state_dict()  # its groups hold this run's weight decay and betas
-        self.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": own["param_groups"]})
-        self.scaler.load_state_dict(checkpoint.get("scaler", {}))
-        self.iter_num, self.best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
-        states = checkpoint.get("rng", [])
-        if self.world.rank < len(states):
-            set_rng_states(states[self.world.rank])
+        try:
+            saved = checkpoint["optimizer"]
+            sizes = [[len(group["params"]) for group in groups["param_groups"]] for groups in (own, saved)]
+            if sizes[0] != sizes[1] or (checkpoint["iter_num"] and len(saved["state"]) != sum(sizes[1])):
+                raise ValueError("the optimiser's state is of other parameters")
+            self.optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
+            if checkpoint.get("scaler") and self.scaler.is_enabled():
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            self.iter_num, self.best_val_loss = int(checkpoint["iter_num"]), float(checkpoint["best_val_loss"])
+            states = checkpoint.get("rng", [])
+            if self.world.rank < len(states):
+                set_rng_states(states[self.world.rank])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            raise CheckpointError(f"the checkpoint can write text but not be resumed: {type(e).__name__} {e}") from e
 
     def step(self):
         """One optimiser step; returns this process's mean loss and the gradient norm, 0-d tensors on the device."""
@@ -484,7 +493,9 @@ class Trainer:
         rate = self.tokens_per_step / seconds
         values = {k: v.item() for k, v in parts.items()}
         values |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
-        values |= {"ms": seconds * 1e3, "tokens_per_s": rate, "memory_mb": memory_mb(self.world.device)}
+        values |= {"ms": seconds * 1e3, "tokens_per_s": rate}
+        if memory := memory_mb(self.world.device):
+            values["memory_mb"] = memory
         if peak := peak_flops(self.world.device):
             values["mfu"] = rate * self.model.flops_per_token() / (peak * self.world.size)
         return values
@@ -507,7 +518,7 @@ class Log:
     def __init__(self, cfg, model, start, facts):
         self.folder = Path(cfg.out_dir)
         self.file = open_metrics(self.folder / "metrics.jsonl", start)
-        (self.folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        replace_file(self.folder / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
         self.board = self.wandb = None
         if cfg.tensorboard_log:
             from torch.utils.tensorboard import SummaryWriter
@@ -523,14 +534,14 @@ class Log:
         self.bar = tqdm(total=cfg.max_iters, initial=start, unit="step", disable=not self.terminal, dynamic_ncols=True)
 
     def metrics(self, step, values):
-        self.file.write(json.dumps({"iter": step, **values}) + "\n")
+        told = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no inf
+        self.file.write(json.dumps({"iter": step, **told}) + "\n")
         self.file.flush()
-        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         if self.board:
-            for name, value in numbers.items():
+            for name, value in values.items():
                 self.board.add_scalar(name, value, step)
         if self.wandb:
-            self.wandb.log(numbers, step=step)
+            self.wandb.log(values, step=step)
 
     def training(self, step, values):
         """A training line; the bar moves, or a line is printed where there is no terminal."""
@@ -571,7 +582,7 @@ def open_metrics(path, start):
                 kept.append(line)
         except json.JSONDecodeError:
             break  # a kill cut the last line short
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    replace_file(path, "".join(line + "\n" for line in kept).encode())
     return open(path, "a", encoding="utf-8")
 
 
@@ -737,7 +748,7 @@ def loop(trainer, log, tokenizer, stop):
             look()
             trainer.save("ckpt_last.pt")
             if log:
-                again = f"python train.py --out_dir={cfg.out_dir} --init_from=resume"
+                again = f"python train.py --out_dir={shlex.quote(str(cfg.out_dir))} --init_from=resume"
                 log.say(f"stopped after {trainer.iter_num} steps; go on with: {again}")
             return
 

@@ -370,9 +370,10 @@ def test_print_config_is_a_config_file(values, tmp_path_factory):
     defaults = settings()
     with path.open("w", encoding="utf-8") as f, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", f)
-        configurator.print_config(configurator.Settings(defaults.keys, defaults.values | values, set()))
-    again = settings(str(path)).values
-    assert all(same(again[k], v) for k, v in (defaults.values | values).items())
+        configurator.print_config(configurator.Settings(defaults.keys, defaults.values | values, set(values)))
+    again = settings(str(path))
+    assert all(same(again.values[k], v) for k, v in (defaults.values | values).items())
+    assert again.given == set(values)  # a default that is printed does not become a choice
 
 
 def test_build():
