@@ -1,0 +1,366 @@
+"""
+Block-sparse causal attention over cells: out_i = sum_j p_ij v_j over the keys j <= i whose cell is related to i's.
+
+A sequence is cut into cells, contiguous runs of positions, and a relation says which cell may look at which. Softmax:
+p_ij = exp(s_ij - lse_i), s_ij = scale q_i k_j + bias[cell i, cell j]. Sigmoid: p_ij = sigmoid(s_ij + row_bias_i).
+
+`reference` goes through a dense mask, in any float type: the one to compare with. `torch_forward` and `torch_backward`
+loop over query cells and never build a T x T matrix: time and memory are O(T k), k the keys a query can reach. The
+backward is written by hand: autograd through slices would write a zero tensor of full length for each cell.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.forward_ad import unpack_dual
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The route: which position may look at which.
+
+
+@dataclass
+class Route:
+    """Cell c is the positions starts[c] .. starts[c + 1] - 1; allowed[..., c, c'] says whether c may look at c'.
+
+    starts: (C + 1) ints; allowed: (C, C) or (B, H, C, C) bool, true only for c' <= c. Inside a cell attention is causal
+    by position.
+    """
+
+    starts: tuple
+    allowed: torch.Tensor
+
+    @classmethod
+    def from_cells(cls, cell, allowed):
+        """From each position's cell id (T,) int and the relation (C, C) or (B, H, C, C) bool.
+
+        Ids must count up from 0 in contiguous runs: ValueError otherwise, or if the relation has another size.
+        """
+        steps = torch.diff(cell)
+        if cell.numel() == 0 or cell[0] != 0 or ((steps != 0) & (steps != 1)).any():
+            raise ValueError("cell must count up from 0 in contiguous runs")
+        C = int(cell[-1]) + 1
+        if allowed.dtype != torch.bool or allowed.shape[-2:] != (C, C) or allowed.dim() not in (2, 4):
+            raise ValueError(f"allowed must be bool (C, C) or (B, H, C, C) with C = {C}, not {tuple(allowed.shape)}")
+        starts = torch.searchsorted(cell.contiguous(), torch.arange(C + 1, device=cell.device)).tolist()
+        return cls(tuple(starts), allowed.tril())
+
+    @property
+    def length(self):
+        return self.starts[-1]
+
+    def first(self, T):
+        """The route of the first T positions; the cell that T cuts is shorter there, and nothing else changes."""
+        if self.length == T:
+            return self
+        if not 0 < T < self.length:
+            raise ValueError(f"the route has {self.length} positions, not {T}")
+        starts = (*(s for s in self.starts if s < T), T)
+        C = len(starts) - 1
+        return Route(starts, self.allowed[..., :C, :C])
+
+    def cell(self, device="cpu"):
+        """Cell id of each position, (T,) int64."""
+        lengths = torch.tensor(self.starts).diff()
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
+
+    def mask(self):
+        """The dense mask, (T, T) or (B, H, T, T) bool: for the reference and for pictures."""
+        cell = self.cell(self.allowed.device)
+        return self.allowed[..., cell[:, None], cell[None, :]].tril()
+
+    def keys_per_query(self):
+        """How many keys each position can see, (T,) or (B, H, T) int64, without a T x T mask."""
+        starts = torch.tensor(self.starts, device=self.allowed.device)
+        cell = self.cell(self.allowed.device)
+        own = torch.diagonal(self.allowed, dim1=-2, dim2=-1)  # (..., C)
+        past = (self.allowed.tril(-1) * starts.diff()).sum(-1)  # whole cells before the query's
+        return past[..., cell] + own[..., cell] * (torch.arange(self.length, device=cell.device) - starts[cell] + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference.
+
+
+def reference(q, k, v, route, *, activation="softmax", bias=None, row_bias=None, scale=None):
+    """The same attention through a dense mask: O(T^2), any floating type, differentiable by autograd.
+
+    Arguments as in `block_sparse_attention`. A query that sees no key gives zeros.
+    """
+    scores = q @ k.mT * (q.size(-1) ** -0.5 if scale is None else scale)
+    mask, cell = route.mask(), route.cell(q.device)
+    if bias is not None:
+        scores = scores + bias[..., cell[:, None], cell[None, :]]
+    if row_bias is not None:
+        scores = scores + row_bias[:, None]
+    if activation == "sigmoid":
+        return (scores.sigmoid() * mask) @ v
+    p = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return torch.where(mask.any(-1, keepdim=True), p, 0.0) @ v
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The CPU path: one query cell after the other, all batches and heads at once.
+#
+# Plain softmax over a static relation goes through the fused attention kernel twice a cell, once causally over the cell
+# itself and once over the keys before it; the two are merged by their log-sum-exp, and its backward, given the merged
+# log-sum-exp, returns each part's exact share of the gradient. Everything else (sigmoid, biases, a relation for each
+# head and batch) gathers a cell's keys and multiplies matrices.
+
+fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def past_ranges(starts, allowed, c):
+    """[(first, end)) ranges of positions, in order and merged, that cell c sees before itself."""
+    ranges = []
+    for other in allowed[c, :c].nonzero()[:, 0].tolist():
+        if ranges and ranges[-1][1] == starts[other]:
+            ranges[-1] = (ranges[-1][0], starts[other + 1])
+        else:
+            ranges.append((starts[other], starts[other + 1]))
+    return ranges
+
+
+def take(x, ranges):
+    """The positions of `ranges` of x (B, H, T, D): a view where they are one range."""
+    pieces = [x[:, :, a:b] for a, b in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+def add_to(x, ranges, y):
+    """x[ranges] += y, in place."""
+    start = 0
+    for a, b in ranges:
+        x[:, :, a:b] += y[:, :, start : start + b - a]
+        start += b - a
+
+
+def fused_forward(q, k, v, starts, allowed, scale):
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=sum_dtype(q))
+    for c, (s, e) in enumerate(zip(starts, starts[1:])):
+        qc, ranges = q[:, :, s:e], past_ranges(starts, allowed, c)
+        parts = []
+        if allowed[c, c]:
+            parts.append(fused(qc, k[:, :, s:e], v[:, :, s:e], 0.0, True, scale=scale))
+        if ranges:
+            parts.append(fused(qc, take(k, ranges), take(v, ranges), 0.0, False, scale=scale))
+        if len(parts) == 2:
+            (o1, l1), (o2, l2) = parts
+            both = torch.logaddexp(l1, l2)
+            share = (l2 - both).exp().unsqueeze(-1)
+            parts = [(torch.lerp(o1.to(share.dtype), o2.to(share.dtype), share), both)]
+        if parts:
+            out[:, :, s:e], lse[:, :, s:e] = parts[0]
+    return out, lse
+
+
+def fused_gradients(grad, q, k, v, out, lse, starts, allowed, scale):
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for c, (s, e) in enumerate(zip(starts, starts[1:])):
+        row = (grad[:, :, s:e], q[:, :, s:e])
+        end = (out[:, :, s:e], lse[:, :, s:e], 0.0)
+        if allowed[c, c]:
+            x, y, z = fused_backward(*row, k[:, :, s:e], v[:, :, s:e], *end, True, scale=scale)
+            dq[:, :, s:e] += x
+            dk[:, :, s:e] += y
+            dv[:, :, s:e] += z
+        if ranges := past_ranges(starts, allowed, c):
+            x, y, z = fused_backward(*row, take(k, ranges), take(v, ranges), *end, False, scale=scale)
+            dq[:, :, s:e] += x
+            add_to(dk, ranges, y)
+            add_to(dv, ranges, z)
+    return dq, dk, dv
+
+
+class Gather:
+    """The keys of one query cell, for every batch and head: positions and their cells, (X, m), X = 1 or B H.
+
+    Rows with fewer keys than the fullest one are padded; `seen` (X, n, m) is the mask of the cell's n queries.
+    """
+
+    def __init__(self, starts, allowed, c):
+        spans = torch.tensor(starts)
+        cells, rows = self.cells_of(allowed[:, c, : c + 1])
+        lengths = torch.where(cells >= 0, spans[cells + 1] - spans[cells], 0)
+        width = int(lengths.sum(1).max()) if lengths.numel() else 0
+        ends = lengths.cumsum(1)
+        slot = torch.arange(width).expand(rows, width).contiguous()
+        which = torch.searchsorted(ends, slot, right=True)  # which of the row's cells a slot belongs to
+        real = which < cells.size(1)
+        which = which.clamp(max=max(0, cells.size(1) - 1))
+        self.cell = cells.gather(1, which).clamp(min=0)
+        self.position = (spans[self.cell] + slot - (ends - lengths).gather(1, which)).clamp(max=starts[-1] - 1)
+        query = torch.arange(starts[c], starts[c + 1])
+        self.seen = real[:, None, :] & (self.position[:, None, :] <= query[:, None])
+
+    @staticmethod
+    def cells_of(allowed):
+        """The cells that are true in each row of (X, C), first ones first, padded with -1: (X, most), and X."""
+        count = allowed.sum(1)
+        order = torch.argsort(allowed.byte(), dim=1, descending=True, stable=True)[:, : int(count.max())]
+        return torch.where(torch.arange(order.size(1)) < count[:, None], order, -1), allowed.size(0)
+
+    def take(self, x):
+        """Rows of x (B H, T, D) at the gathered positions: (B H, m, D)."""
+        if len(self.position) == 1:
+            return x[:, self.position[0]]
+        return x.gather(1, self.position[:, :, None].expand(-1, -1, x.size(2)))
+
+    def add_to(self, x, y):
+        """x[gathered positions] += y, in place. Padding carries zeros."""
+        if len(self.position) == 1:
+            x.index_add_(1, self.position[0], y)
+        else:
+            x.scatter_add_(1, self.position[:, :, None].expand(-1, -1, x.size(2)), y)
+
+
+def probabilities(q, k, gather, c, span, bias, row_bias, scale, activation, lse=None):
+    """(p, lse) of one query cell: p (B H, n, m), and its log-sum-exp (B H, n, 1), None for sigmoid."""
+    scores = q[:, slice(*span)] @ gather.take(k).mT * scale
+    if bias is not None:
+        scores = scores + bias[:, c].gather(1, gather.cell.expand(len(bias), -1))[:, None, :]
+    if row_bias is not None:
+        scores = scores + row_bias[slice(*span), None]
+    if activation == "sigmoid":
+        return scores.sigmoid() * gather.seen, None
+    scores = scores.masked_fill(~gather.seen, -math.inf)
+    if lse is None:
+        lse = scores.logsumexp(-1, keepdim=True)
+    return (scores - lse.nan_to_num(neginf=0.0)).exp(), lse  # a query without keys: exp(-inf - 0) = 0
+
+
+def torch_forward(q, k, v, starts, allowed, bias, row_bias, scale, activation):
+    """(out (B, H, T, D), lse (B, H, T)) on a CPU; see `block_sparse_attention`. lse is empty for sigmoid."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if activation == "softmax" and bias is None and allowed.dim() == 2:
+        return fused_forward(q, k, v, starts, allowed, scale)
+    B, H, T, _ = q.shape
+    flat_q, flat_k, flat_v = (x.to(sum_dtype(x)).flatten(0, 1) for x in (q, k, v))
+    allowed = allowed.reshape(-1, *allowed.shape[-2:])
+    bias = None if bias is None else bias.to(flat_q.dtype).expand(B, H, *bias.shape[-2:]).flatten(0, 1)
+    out, lse = torch.empty_like(flat_q), flat_q.new_empty(B * H, T if activation == "softmax" else 0)
+    for c, span in enumerate(zip(starts, starts[1:])):
+        gather = Gather(starts, allowed, c)
+        p, l = probabilities(flat_q, flat_k, gather, c, span, bias, row_bias, scale, activation)
+        out[:, slice(*span)] = p @ gather.take(flat_v)
+        if l is not None:
+            lse[:, slice(*span)] = l[..., 0]
+    return out.view(q.shape).to(q.dtype), lse.view(B, H, lse.size(1))
+
+
+def torch_backward(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, scale, activation):
+    """Gradients (dq, dk, dv, dbias, drow_bias) on a CPU; the last two are empty where there is no such bias."""
+    grad, q, k, v = grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    if activation == "softmax" and bias is None and allowed.dim() == 2:
+        return (*fused_gradients(grad, q, k, v, out, lse, starts, allowed, scale), q.new_empty(0), q.new_empty(0))
+    B, H, T, _ = q.shape
+    g, fq, fk, fv, fo = (x.to(sum_dtype(x)).flatten(0, 1) for x in (grad, q, k, v, out))
+    allowed = allowed.reshape(-1, *allowed.shape[-2:])
+    shape = None if bias is None else bias.shape
+    bias = None if bias is None else bias.to(fq.dtype).expand(B, H, *bias.shape[-2:]).flatten(0, 1)
+    dq, dk, dv = torch.zeros_like(fq), torch.zeros_like(fk), torch.zeros_like(fv)
+    dbias = None if bias is None else torch.zeros(B * H, *bias.shape[-2:], dtype=fq.dtype)
+    drow = None if row_bias is None else torch.zeros(T, dtype=fq.dtype)
+    delta = (g * fo).sum(-1, keepdim=True)  # (B H, T, 1)
+    for c, span in enumerate(zip(starts, starts[1:])):
+        at, gather = slice(*span), Gather(starts, allowed, c)
+        known = lse.flatten(0, 1)[:, at, None] if activation == "softmax" else None
+        p, _ = probabilities(fq, fk, gather, c, span, bias, row_bias, scale, activation, known)
+        gather.add_to(dv, p.mT @ g[:, at])
+        dp = g[:, at] @ gather.take(fv).mT
+        ds = p * (dp - delta[:, at]) if activation == "softmax" else p * (1 - p) * dp
+        dq[:, at] = ds @ gather.take(fk) * scale
+        gather.add_to(dk, ds.mT @ fq[:, at] * scale)
+        if dbias is not None:
+            dbias[:, c].scatter_add_(1, gather.cell.expand(B * H, -1), ds.sum(1))
+        if drow is not None:
+            drow[at] = ds.sum((0, 2))
+    dq, dk, dv = (x.view(q.shape).to(q.dtype) for x in (dq, dk, dv))
+    dbias = q.new_empty(0) if dbias is None else dbias.view(B, H, *bias.shape[-2:]).sum_to_size(shape)
+    return dq, dk, dv, dbias, q.new_empty(0) if drow is None else drow
+
+
+def sum_dtype(x):
+    """What sums over keys are kept in: float64 stays, everything else is float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operators.
+
+
+@torch.library.custom_op("nanochimera::block_sparse", mutates_args=())
+def block_sparse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: list[int], allowed: torch.Tensor,
+    bias: torch.Tensor | None, row_bias: torch.Tensor | None, scale: float, activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return torch_forward(q, k, v, starts, allowed, bias, row_bias, scale, activation)
+
+
+@block_sparse.register_fake
+def _(q, k, v, starts, allowed, bias, row_bias, scale, activation):
+    lse = q.new_empty(*q.shape[:2], q.size(2) if activation == "softmax" else 0, dtype=sum_dtype(q))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+@torch.library.custom_op("nanochimera::block_sparse_backward", mutates_args=())
+def block_sparse_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    starts: list[int], allowed: torch.Tensor, bias: torch.Tensor | None, row_bias: torch.Tensor | None, scale: float,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    return torch_backward(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, scale, activation)
+
+
+@block_sparse_backward.register_fake
+def _(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, scale, activation):
+    like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    extra = [q.new_empty(0) if b is None else q.new_empty(b.shape, dtype=sum_dtype(q)) for b in (bias, row_bias)]
+    return (*like, *extra)
+
+
+def save_for_backward(ctx, inputs, output):
+    q, k, v, ctx.starts, allowed, bias, row_bias, ctx.scale, ctx.activation = inputs
+    ctx.save_for_backward(q, k, v, *output, allowed, bias, row_bias)
+    ctx.set_materialize_grads(False)
+
+
+def differentiate(ctx, grad, grad_lse):
+    q, k, v, out, lse, allowed, bias, row_bias = ctx.saved_tensors
+    dq, dk, dv, dbias, drow = block_sparse_backward(
+        grad, q, k, v, out, lse, ctx.starts, allowed, bias, row_bias, ctx.scale, ctx.activation
+    )
+    dbias = None if bias is None else dbias.to(bias.dtype)
+    drow = None if row_bias is None else drow.to(row_bias.dtype)
+    return dq, dk, dv, None, None, dbias, drow, None, None
+
+
+block_sparse.register_autograd(differentiate, setup_context=save_for_backward)
+
+
+def block_sparse_attention(q, k, v, route, *, activation="softmax", bias=None, row_bias=None, scale=None):
+    """Causal attention over the related cells of a route.
+
+    q, k, v (B, H, T, D) of one floating type; route: a Route of T positions; activation "softmax" or "sigmoid" (no
+    normalisation over keys); bias: added to the scores of a pair of cells, (C, C), (H, C, C) or (B, H, C, C), with a
+    gradient; row_bias (T,): added to each query's scores, with a gradient (softmax ignores it); scale: default
+    1 / sqrt(D). Returns (B, H, T, D). A query that sees no key gives zeros. ValueError for arguments that do not fit,
+    NotImplementedError for forward-mode inputs, whose tangents would be lost.
+    """
+    B, H, T, D = q.shape
+    if k.shape != q.shape or v.shape != q.shape or route.length != T:
+        raise ValueError(
+            f"q, k, v and the route must agree: {[*map(tuple, (q.shape, k.shape, v.shape))]}, {route.length}"
+        )
+    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (q, k, v)):
+        raise NotImplementedError("block_sparse_attention has no forward-mode derivative: use reference(...)")
+    if activation not in ("softmax", "sigmoid"):
+        raise ValueError(f"activation={activation!r}: must be softmax or sigmoid")
+    C = len(route.starts) - 1
+    if bias is not None and bias.shape[-2:] != (C, C):
+        raise ValueError(f"bias is {tuple(bias.shape)}, the route has {C} cells")
+    if activation == "softmax":
+        row_bias = None
+    scale = D**-0.5 if scale is None else scale
+    return block_sparse(q, k, v, list(route.starts), route.allowed, bias, row_bias, scale, activation)[0]
