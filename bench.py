@@ -4,6 +4,7 @@ Speed and memory, always beside a reference in the same run.
     python bench.py step      # training steps: nanoGPT's recipe as plain eager float32 PyTorch, and ours
     python bench.py decode    # greedy text: recomputing every token, as nanoGPT does, and ours with its state
     python bench.py recipe    # the CPU recipe trained to its end by both: loss on the whole val split, several seeds
+    python bench.py attention --plot  # dense and block-sparse attention over T, with fitted exponents
     python bench.py step --only=cpu --repeats=21
 
 Contenders take turns, so that a busy machine slows all of them. A speed is the median over rounds of the ratio to the
@@ -11,6 +12,7 @@ reference of the same round, with the quartiles behind it. Memory is the peak of
 """
 
 import json
+import math
 import multiprocessing
 import statistics
 import sys
@@ -26,9 +28,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import configurator
-from configurator import ConfigError
+from configurator import ROOT, ConfigError
 from data.corpus import DataError
-from model import GPT, GPTConfig
+from kernels.block_sparse import Route, block_sparse_attention
+from model import GPT, GPTConfig, build_pd_anchors_1d
 from train import Corpus, TrainConfig, Trainer, World, dtype_name, memory_mb, pick_device, pick_dtype
 
 
@@ -45,6 +48,7 @@ class BenchConfig:
     dtype: str = "auto"  # of recipe: the number format of our runs
     device: str = "cpu"  # "auto" | "cpu" | "cuda" | "mps"
     memory: bool = True  # also measure peak memory, in a process for each contender
+    plot: bool = False  # write a PNG to docs/img
 
     def __post_init__(self):
         for name in ("repeats", "tokens", "seeds", "max_iters"):
@@ -306,9 +310,128 @@ def bench_recipe(cfg, device, sizes):
     return {"losses": rows, "means": means, "dtype": dtype_name(dtype), "max_iters": cfg.max_iters}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention over T.
+
+ATTENTION_LENGTHS = {str(2**n): 2**n for n in range(8, 15)}
+HEADS, HEAD_DIM, CELL_GAP, CELL_JITTER = 6, 64, 240, 31  # cells of about 256 tokens, a ring of 1
+
+
+def sparse_route(T):
+    generator = torch.Generator().manual_seed(0)
+    _, cell = build_pd_anchors_1d(T, CELL_GAP, CELL_JITTER, generator)
+    distance = torch.arange(int(cell[-1]) + 1)
+    distance = distance[:, None] - distance[None, :]
+    return Route.from_cells(cell, (distance >= 0) & (distance <= 1))
+
+
+def dense_attention(T):
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def sparse_attention(T):
+    route = sparse_route(T)
+    return lambda q, k, v: block_sparse_attention(q, k, v, route)
+
+
+def flex_attention(T):
+    """PyTorch's FlexAttention, compiled, with the mask of `sparse_attention`; on a CPU it has no backward."""
+    from torch.nn.attention import flex_attention as flex
+
+    cell = sparse_route(T).cell()
+
+    def mask(b, h, i, j):
+        return (j <= i) & (cell[i] - cell[j] <= 1)
+
+    block_mask = flex.create_block_mask(mask, None, None, T, T, device="cpu")
+    compiled = torch.compile(flex.flex_attention)
+    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
+
+
+# name: (attention of a length, with the backward pass)
+ATTENTIONS = {
+    "dense SDPA, forward + backward": (dense_attention, True),
+    "block-sparse, forward + backward": (sparse_attention, True),
+    "dense SDPA, forward": (dense_attention, False),
+    "FlexAttention compiled, forward": (flex_attention, False),
+    "block-sparse, forward": (sparse_attention, False),
+}
+
+
+def attention_run(make, with_backward, T, device):
+    """One pass over q, k, v (1, 6, T, 64) float32, forward alone or with the backward."""
+    torch.manual_seed(0)
+    q, k, v, grad = torch.randn(4, 1, HEADS, T, HEAD_DIM, device=device)
+    attend = make(T)
+
+    def forward():
+        with torch.no_grad():
+            attend(q, k, v)
+
+    def both():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        attend(*leaves).backward(grad)
+
+    return both if with_backward else forward
+
+
+def attention_memory(name, T, device, queue):
+    before = memory_mb(device)
+    attention_run(*ATTENTIONS[name], T, device)()
+    queue.put(round(memory_mb(device) - before, 1))
+
+
+def exponent(lengths, seconds):
+    """The slope of log time over log T."""
+    return float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
+
+
+def bench_attention(cfg, device, sizes):
+    """Seconds of each attention at each length; exponents fitted from T = 1024 on."""
+    lengths = [ATTENTION_LENGTHS[s] for s in sizes]
+    seconds = {name: [] for name in ATTENTIONS}
+    for T in lengths:
+        runs = {name: attention_run(*how, T, device) for name, how in ATTENTIONS.items()}
+        for name, times in interleave(runs, cfg.repeats, device).items():
+            seconds[name].append(statistics.median(times))
+        torch._dynamo.reset()
+    long = [i for i, T in enumerate(lengths) if T >= 1024]
+    fits = {n: exponent([lengths[i] for i in long], [s[i] for i in long]) for n, s in seconds.items() if len(long) > 1}
+    print(f"\n{'seconds at T =':<34}" + "".join(f"{T:>10}" for T in lengths) + f"{'exponent':>10}")
+    for name, times in seconds.items():
+        print(f"{name:<34}" + "".join(f"{t:>10.4f}" for t in times) + f"{fits.get(name, math.nan):>10.2f}")
+    ratios = {T: seconds[DENSE][i] / seconds[SPARSE][i] for i, T in enumerate(lengths)}
+    print(f"{'block-sparse is faster by':<34}" + "".join(f"{r:>9.2f}x" for r in ratios.values()))
+    memory = {}
+    for name in (DENSE, SPARSE) if cfg.memory else ():
+        memory[name] = {T: in_fresh_process(attention_memory, name, T, device) for T in lengths if T >= 4096}
+        print(f"{name}, peak MB: {memory[name]}")
+    if cfg.plot:
+        plot_attention(lengths, seconds, fits)
+    return {"lengths": lengths, "seconds": seconds, "exponents": fits, "ratios": ratios, "memory_mb": memory}
+
+
+DENSE, SPARSE, *_ = ATTENTIONS
+
+
+def plot_attention(lengths, seconds, fits):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, times in seconds.items():
+        dash = "-" if "backward" in name else "--"
+        axes.loglog(lengths, times, dash, marker="o", base=2, label=f"{name}: T^{fits.get(name, math.nan):.2f}")
+    axes.set(xlabel="T, tokens", ylabel="seconds", title=f"Attention, 1 x {HEADS} heads x {HEAD_DIM}, cells of ~256")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+    (ROOT / "docs" / "img").mkdir(exist_ok=True)
+    figure.savefig(ROOT / "docs" / "img" / "attention.png", dpi=120)
+
+
 BENCHES = {
     "step": (bench_step, STEP_SIZES),
     "decode": (bench_decode, DECODE_SIZES),
+    "attention": (bench_attention, ATTENTION_LENGTHS),
     "recipe": (bench_recipe, {"cpu": None}),
 }
 

@@ -23,6 +23,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from kernels.block_sparse import Route, block_sparse_attention
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: the single source of every model flag. configurator.py reads names, types, defaults and comments here.
 
@@ -43,6 +45,22 @@ class GPTConfig:
     mlp_act: str = "gelu"  # "gelu" (exact, nanoGPT) | "gelu_tanh" (OpenAI's GPT-2) | "relu2" (squared ReLU)
     pos_embedding: str = "learned"  # "learned" (a table of block_size rows) | "none" (only causality tells the order)
 
+    # -- geometric routing --------------------------------------------------------------------------------------------
+    use_ferope: bool = False  # rotate queries and keys by their position (RoPE), or by their place in their cell
+    ferope_freqs: str = (
+        "log"  # radians a token: "log" (rope_base^(-i/m), as RoPE) | "gaussian" (random, 1/anchor_min_gap)
+    )
+    ferope_m: int = 0  # pairs of dimensions that rotate; 0 = all, head_dim // 2
+    ferope_learnable: bool = False  # the frequencies are parameters
+    ferope_anchor_relative: bool = False  # position counted from the cell's anchor, not from the start of the text
+    rope_base: float = 10000.0  # of "log" frequencies
+    use_block_sparse: bool = False  # attend inside the own and neighbouring cells only; attention weights: no dropout
+    neighbor_rings: int = 1  # how many cells back a cell can look
+    anchor_min_gap: int = 256  # tokens between anchors, at least; a cell is what lies nearest to its anchor
+    anchor_jitter: int = 32  # and up to so many more
+    anchor_seed: int = 1337  # of the anchors and of random frequencies
+    share_region_router: bool = True  # one set of anchors for all layers; False = layer l has anchor_seed + l
+
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
@@ -53,6 +71,27 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
         one_of(self, "mlp_act", ACTIVATIONS)
         one_of(self, "pos_embedding", ("learned", "none"))
+        one_of(self, "ferope_freqs", ("log", "gaussian"))
+        head_dim = self.n_embd // self.n_head
+        if not 0 <= 2 * self.ferope_m <= head_dim or (self.use_ferope and head_dim < 2):
+            raise ValueError(f"ferope_m={self.ferope_m}: 2 ferope_m must fit into the head's {head_dim} dimensions")
+        if self.anchor_min_gap < 1 or self.anchor_jitter < 0 or self.neighbor_rings < 0 or self.rope_base <= 1:
+            raise ValueError("anchor_min_gap must be >= 1, anchor_jitter and neighbor_rings >= 0, rope_base > 1")
+        for names, switch, is_on in (
+            (("ferope_freqs", "ferope_m", "ferope_learnable", "ferope_anchor_relative", "rope_base"), "use_ferope",
+             self.use_ferope),
+            (("neighbor_rings",), "use_block_sparse", self.use_block_sparse),
+            (("anchor_min_gap", "anchor_jitter", "anchor_seed", "share_region_router"),
+             "use_block_sparse or ferope_anchor_relative", self.has_anchors or self.ferope_freqs == "gaussian"),
+        ):  # fmt: skip
+            for name in names if not is_on else ():
+                if getattr(self, name) != GPTConfig.__dataclass_fields__[name].default:
+                    raise ValueError(f"{name}={getattr(self, name)} does nothing without {switch}: set that too")
+
+    @property
+    def has_anchors(self):
+        """Whether positions belong to cells, of which there are only block_size's."""
+        return self.use_block_sparse or self.ferope_anchor_relative
 
 
 def one_of(config, name, choices):
@@ -117,6 +156,100 @@ def append_kv(store, k, v):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Geometry: cells, and rotary phases measured from their anchors.
+#   Anchors are a Poisson-disk sample of the token line, no two nearer than anchor_min_gap; a cell is the run of
+#   positions nearest to an anchor. Fe-RoPE turns pair i of a query or key by W_i delta, delta the position, or its
+#   offset from the anchor: exact relative phases everywhere, or inside each cell, which is then a frame of its own.
+# Cost: the rotation, O(T C). Cells are drawn once for block_size: nothing depends on the length of a batch.
+# Sources: RoPE, Su et al. 2021, arXiv 2104.09864; Poisson-disk sampling, Bridson 2007.
+
+
+def build_pd_anchors_1d(length, min_gap, jitter, generator):
+    """A maximal Poisson-disk sample of 0..length-1: (anchors (A,), cell (length,)), int64, on the CPU.
+
+    The first anchor is in [0, jitter], gaps are in {min_gap, ..., min_gap + jitter}; while another fits min_gap after
+    the last one, it goes there. cell[p] is the index of the anchor nearest to p, ties to the left.
+    """
+
+    def draw(most):
+        return int(torch.randint(most + 1, (), generator=generator, device="cpu"))
+
+    anchors = [draw(min(jitter, length - 1))]
+    while (after := anchors[-1] + min_gap + draw(jitter)) < length:
+        anchors.append(after)
+    if anchors[-1] + min_gap < length:
+        anchors.append(anchors[-1] + min_gap)
+    anchors = torch.tensor(anchors, device="cpu")
+    borders = (anchors[:-1] + anchors[1:]) // 2  # the last position of each cell
+    return anchors, torch.searchsorted(borders, torch.arange(length, device="cpu"))
+
+
+def anchor_local_offsets(positions, anchors, cell):
+    """Signed distance in tokens of each position (T,) from the anchor of its cell, (T,)."""
+    return positions - anchors[cell[positions]]
+
+
+def ferope_ar_rotate(q, k, theta):
+    """q and k (B, nh, T, hs) with pair i of each head, dimensions 2i and 2i + 1, turned by theta (T, m) radians.
+
+    Dimensions from 2m on pass through. Computed in float32 or better, returned in the types of q and k.
+    """
+    cos, sin = theta.cos(), theta.sin()
+
+    def rotate(x):
+        turned, rest = x.split((2 * theta.size(1), x.size(-1) - 2 * theta.size(1)), dim=-1)
+        a, b = turned.unflatten(-1, (-1, 2)).to(torch.promote_types(x.dtype, theta.dtype)).unbind(-1)  # (B, nh, T, m)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+        return torch.cat((turned, rest), dim=-1)
+
+    return rotate(q), rotate(k)
+
+
+class Cells(nn.Module):
+    """The cells of one layer: `cell` and `offset` of each position, (block_size,), and the route they allow."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.rings = config.neighbor_rings
+        seed = config.anchor_seed + (0 if config.share_region_router else layer)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        anchors, cell = build_pd_anchors_1d(config.block_size, config.anchor_min_gap, config.anchor_jitter, generator)
+        self.register_buffer("cell", cell)
+        self.register_buffer("offset", anchor_local_offsets(torch.arange(len(cell), device="cpu"), anchors, cell))
+        self.register_load_state_dict_post_hook(lambda module, _: module.relate())
+        self.relate()
+
+    def relate(self):
+        """Build the route from the cells: c may look at c' if 0 <= c - c' <= rings."""
+        c = torch.arange(int(self.cell[-1]) + 1, device="cpu")
+        distance = c[:, None] - c[None, :]
+        self.route = Route.from_cells(self.cell.cpu(), (distance >= 0) & (distance <= self.rings))
+
+    def crop(self, block_size):
+        self.cell, self.offset = self.cell[:block_size], self.offset[:block_size]
+        self.relate()
+
+
+class FeRoPE(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        m = config.ferope_m or config.n_embd // config.n_head // 2
+        if config.ferope_freqs == "log":
+            W = config.rope_base ** (-torch.arange(m) / m)
+        else:
+            generator = torch.Generator("cpu").manual_seed(config.anchor_seed)
+            W = torch.randn(m, generator=generator, device="cpu") / config.anchor_min_gap
+        if config.ferope_learnable:
+            self.W = nn.Parameter(W)  # (m,) radians a token
+        else:
+            self.register_buffer("W", W)
+
+    def forward(self, q, k, delta):
+        """q, k (B, nh, T, hs) turned to delta (T,), in tokens."""
+        return ferope_ar_rotate(q, k, delta[:, None].to(torch.promote_types(self.W.dtype, torch.float32)) * self.W)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Token mixer: causal softmax attention.
 #   y_t = sum_{s <= t} softmax_s(q_t k_s / sqrt(hs)) v_s, per head; x (B, T, C) -> (B, T, C)
 # O(T^2) in training, O(T) a token in decoding, with a state of 2 C numbers a token. Vaswani et al. 2017.
@@ -136,28 +269,67 @@ def causal_attention(q, k, v, dropout=0.0):
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.is_sparse = config.n_head, config.dropout, config.use_block_sparse
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.cells = Cells(config, layer) if config.has_anchors else None
+        self.ferope = FeRoPE(config) if config.use_ferope else None
+        self.is_anchored = config.ferope_anchor_relative
 
     def forward(self, x, state=None):
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))  # (B,nh,T,hs)
+        past = 0 if state is None else state.pos
+        if self.ferope is not None:
+            place = torch.arange(past, past + T, device=x.device)
+            q, k = self.ferope(q, k, self.cells.offset[past : past + T] if self.is_anchored else place)
         if state is not None:
-            k, v = append_kv(state.of(self), k, v)  # (B, nh, past + T, hs)
-        if k.size(2) == T:
-            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
-        else:  # new tokens after old ones: new token i sees all the old and the new up to itself
-            mask = None if T == 1 else q.new_ones(T, k.size(2), dtype=torch.bool).tril(k.size(2) - T)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            keys, values, place = self.remember(state, k, v)
+        y = self.attend(q, k, v) if past == 0 else self.attend_to_memory(q, keys, values, place, past)
+        if state is not None and self.is_sparse:
+            self.forget(state.of(self), past + T)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
+    def attend(self, q, k, v):
+        if self.is_sparse:
+            return block_sparse_attention(q, k, v, self.cells.route.first(q.size(2)))
+        return causal_attention(q, k, v, self.dropout if self.training else 0.0)
+
+    def attend_to_memory(self, q, k, v, place, past):
+        """New queries (B, nh, T, hs) from position `past` on, over the n keys kept, at positions place (n,)."""
+        if q.size(2) == 1 and not self.is_sparse:
+            return F.scaled_dot_product_attention(q, k, v)
+        now = torch.arange(past, past + q.size(2), device=q.device)
+        mask = place[None, :] <= now[:, None]  # (T, n)
+        if self.is_sparse:
+            cell, allowed = self.cells.cell, self.cells.route.allowed.to(q.device)
+            mask &= allowed[cell[now][:, None], cell[place][None, :]]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def remember(self, state, k, v):
+        """Add new keys and values to the layer's memory: all of them now, (B, nh, n, hs), and their positions (n,)."""
+        store = state.of(self)
+        place = torch.arange(state.pos, state.pos + k.size(2), device=k.device)
+        store["place"] = torch.cat((store["place"], place)) if "place" in store else place
+        return *append_kv(store, k, v), store["place"]
+
+    def forget(self, store, next_position):
+        """Drop the keys that no position from next_position on can reach, when a new cell begins there."""
+        route, cell = self.cells.route, self.cells.cell
+        if next_position >= len(cell) or store.get("cell") == (c := int(cell[next_position])):
+            return
+        store["cell"] = c
+        keep = route.allowed[c:].any(0).to(cell.device)[cell[store["place"]]]
+        store["kv"] = store["kv"][:, :, :, : store["n"]][:, :, :, keep]
+        store["place"], store["n"] = store["place"][keep], int(keep.sum())
+
     def flops_per_token(self, T):
-        """Forward FLOPs besides the linear layers: scores and mixing over the (T + 1) / 2 keys seen on average."""
-        return 4 * self.c_proj.in_features * (T + 1) / 2
+        """Forward FLOPs besides the linear layers: scores and mixing over the keys that a token sees on average."""
+        keys = (T + 1) / 2 if not self.is_sparse else self.cells.route.first(T).keys_per_query().float().mean().item()
+        return 4 * self.c_proj.in_features * keys
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,10 +353,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
@@ -204,7 +376,7 @@ class GPT(nn.Module):
         if config.pos_embedding == "learned":
             parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         parts["drop"] = nn.Dropout(config.dropout)
-        parts["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         parts["ln_f"] = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -223,8 +395,9 @@ class GPT(nn.Module):
 
     @property
     def max_positions(self):
-        """How many tokens the model can place: block_size, or None where positions come from the dynamics alone."""
-        return self.config.block_size if self.config.pos_embedding == "learned" else None
+        """How many tokens the model can place: block_size, or None where nothing is laid out for so many."""
+        placed = self.config.pos_embedding == "learned" or self.config.has_anchors
+        return self.config.block_size if placed else None
 
     def forward(self, idx, targets=None, state=None):
         """Logits and loss of a batch of tokens.
@@ -326,6 +499,8 @@ class GPT(nn.Module):
         self.config.block_size = block_size
         if self.config.pos_embedding == "learned":
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+        for cells in (m for m in self.modules() if isinstance(m, Cells)):
+            cells.crop(block_size)
 
     # Checkpoints and Hugging Face -----------------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ import configurator
 from model import GPT, DecodingState, GPTConfig
 from train import pick_device
 
+CELLS = {"anchor_min_gap": 5, "anchor_jitter": 3}  # cells that suit a block of 32
+
 # Every variant, by the flags that switch it on. tests/test_contracts.py runs all contracts over this table: a new flag
 # is a new row here.
 VARIANTS = {
@@ -27,6 +29,12 @@ VARIANTS = {
     "gelu_tanh": {"mlp_act": "gelu_tanh"},
     "relu2": {"mlp_act": "relu2"},
     "no_positions": {"pos_embedding": "none"},
+    "ferope": {"use_ferope": True, "pos_embedding": "none"},
+    "ferope_partial": {"use_ferope": True, "ferope_m": 3, "ferope_freqs": "gaussian", "anchor_min_gap": 8},
+    "ferope_anchored": {"use_ferope": True, "ferope_anchor_relative": True, "ferope_learnable": True, **CELLS},
+    "block_sparse": {"use_block_sparse": True, **CELLS},
+    "block_sparse_0_rings": {"use_block_sparse": True, "neighbor_rings": 0, "share_region_router": False, **CELLS},
+    "geometric": {"use_block_sparse": True, "use_ferope": True, "ferope_anchor_relative": True, **CELLS},
 }
 SIZE = {"block_size": 32, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 32}
 

@@ -232,58 +232,69 @@ def probabilities(q, k, gather, c, span, bias, row_bias, scale, activation, lse=
 
 def torch_forward(q, k, v, starts, allowed, bias, row_bias, scale, activation):
     """(out (B, H, T, D), lse (B, H, T)) on a CPU; see `block_sparse_attention`. lse is empty for sigmoid."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    (B, H, T, _), dtype = q.shape, q.dtype
+    q, k, v = widened(q, k, v)
     if activation == "softmax" and bias is None and allowed.dim() == 2:
-        return fused_forward(q, k, v, starts, allowed, scale)
-    B, H, T, _ = q.shape
-    flat_q, flat_k, flat_v = (x.to(sum_dtype(x)).flatten(0, 1) for x in (q, k, v))
-    allowed = allowed.reshape(-1, *allowed.shape[-2:])
-    bias = None if bias is None else bias.to(flat_q.dtype).expand(B, H, *bias.shape[-2:]).flatten(0, 1)
-    out, lse = torch.empty_like(flat_q), flat_q.new_empty(B * H, T if activation == "softmax" else 0)
+        out, lse = fused_forward(q, k, v, starts, allowed, scale)
+        return out.to(dtype), lse
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    allowed, bias = flat_relation(allowed, bias, B, H, q.dtype)
+    out, lse = torch.empty_like(q), q.new_empty(B * H, T if activation == "softmax" else 0)
     for c, span in enumerate(zip(starts, starts[1:])):
         gather = Gather(starts, allowed, c)
-        p, l = probabilities(flat_q, flat_k, gather, c, span, bias, row_bias, scale, activation)
-        out[:, slice(*span)] = p @ gather.take(flat_v)
+        p, l = probabilities(q, k, gather, c, span, bias, row_bias, scale, activation)
+        out[:, slice(*span)] = p @ gather.take(v)
         if l is not None:
             lse[:, slice(*span)] = l[..., 0]
-    return out.view(q.shape).to(q.dtype), lse.view(B, H, lse.size(1))
+    return out.unflatten(0, (B, H)).to(dtype), lse.unflatten(0, (B, H))
 
 
 def torch_backward(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, scale, activation):
     """Gradients (dq, dk, dv, dbias, drow_bias) on a CPU; the last two are empty where there is no such bias."""
-    grad, q, k, v = grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    (B, H, T, _), dtype, bias_shape = q.shape, q.dtype, None if bias is None else bias.shape
+    grad, q, k, v, out = widened(grad, q, k, v, out)
     if activation == "softmax" and bias is None and allowed.dim() == 2:
-        return (*fused_gradients(grad, q, k, v, out, lse, starts, allowed, scale), q.new_empty(0), q.new_empty(0))
-    B, H, T, _ = q.shape
-    g, fq, fk, fv, fo = (x.to(sum_dtype(x)).flatten(0, 1) for x in (grad, q, k, v, out))
-    allowed = allowed.reshape(-1, *allowed.shape[-2:])
-    shape = None if bias is None else bias.shape
-    bias = None if bias is None else bias.to(fq.dtype).expand(B, H, *bias.shape[-2:]).flatten(0, 1)
-    dq, dk, dv = torch.zeros_like(fq), torch.zeros_like(fk), torch.zeros_like(fv)
-    dbias = None if bias is None else torch.zeros(B * H, *bias.shape[-2:], dtype=fq.dtype)
-    drow = None if row_bias is None else torch.zeros(T, dtype=fq.dtype)
-    delta = (g * fo).sum(-1, keepdim=True)  # (B H, T, 1)
+        gradients = fused_gradients(grad, q, k, v, out, lse, starts, allowed, scale)
+        return (*(x.to(dtype) for x in gradients), q.new_empty(0), q.new_empty(0))
+    grad, q, k, v, out = (x.flatten(0, 1) for x in (grad, q, k, v, out))
+    allowed, bias = flat_relation(allowed, bias, B, H, q.dtype)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dbias = q.new_zeros(0 if bias is None else bias.shape)
+    drow = q.new_zeros(0 if row_bias is None else T)
+    delta = (grad * out).sum(-1, keepdim=True)  # (B H, T, 1)
     for c, span in enumerate(zip(starts, starts[1:])):
         at, gather = slice(*span), Gather(starts, allowed, c)
         known = lse.flatten(0, 1)[:, at, None] if activation == "softmax" else None
-        p, _ = probabilities(fq, fk, gather, c, span, bias, row_bias, scale, activation, known)
-        gather.add_to(dv, p.mT @ g[:, at])
-        dp = g[:, at] @ gather.take(fv).mT
+        p, _ = probabilities(q, k, gather, c, span, bias, row_bias, scale, activation, known)
+        gather.add_to(dv, p.mT @ grad[:, at])
+        dp = grad[:, at] @ gather.take(v).mT
         ds = p * (dp - delta[:, at]) if activation == "softmax" else p * (1 - p) * dp
-        dq[:, at] = ds @ gather.take(fk) * scale
-        gather.add_to(dk, ds.mT @ fq[:, at] * scale)
-        if dbias is not None:
+        dq[:, at] = ds @ gather.take(k) * scale
+        gather.add_to(dk, ds.mT @ q[:, at] * scale)
+        if bias is not None:
             dbias[:, c].scatter_add_(1, gather.cell.expand(B * H, -1), ds.sum(1))
-        if drow is not None:
+        if row_bias is not None:
             drow[at] = ds.sum((0, 2))
-    dq, dk, dv = (x.view(q.shape).to(q.dtype) for x in (dq, dk, dv))
-    dbias = q.new_empty(0) if dbias is None else dbias.view(B, H, *bias.shape[-2:]).sum_to_size(shape)
-    return dq, dk, dv, dbias, q.new_empty(0) if drow is None else drow
+    if bias is not None:
+        dbias = dbias.unflatten(0, (B, H)).sum_to_size(bias_shape)
+    return (*(x.unflatten(0, (B, H)).to(dtype) for x in (dq, dk, dv)), dbias, drow)
 
 
 def sum_dtype(x):
     """What sums over keys are kept in: float64 stays, everything else is float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def widened(*tensors):
+    """Contiguous and in `sum_dtype`: the fused kernel is three times as slow in bfloat16 on a CPU without AMX."""
+    return tuple(x.to(sum_dtype(x)).contiguous() for x in tensors)
+
+
+def flat_relation(allowed, bias, B, H, dtype):
+    """allowed as (1 or B H, C, C), and bias as (B H, C, C) or None."""
+    if bias is not None:
+        bias = bias.to(dtype).expand(B, H, *bias.shape[-2:]).flatten(0, 1)
+    return allowed.reshape(-1, *allowed.shape[-2:]), bias
 
 
 # ---------------------------------------------------------------------------------------------------------------------
