@@ -44,12 +44,9 @@ class GPTConfig:
     # -- model controls -----------------------------------------------------------------------------------------------
     mlp_act: str = "gelu"  # "gelu" (exact, nanoGPT) | "gelu_tanh" (OpenAI's GPT-2) | "relu2" (squared ReLU)
     pos_embedding: str = "learned"  # "learned" (a table of block_size rows) | "none" (only causality tells the order)
-
     # -- geometric routing --------------------------------------------------------------------------------------------
     use_ferope: bool = False  # rotate queries and keys by their position (RoPE), or by their place in their cell
-    ferope_freqs: str = (
-        "log"  # radians a token: "log" (rope_base^(-i/m), as RoPE) | "gaussian" (random, 1/anchor_min_gap)
-    )
+    ferope_freqs: str = "log"  # radians a token: "log" (rope_base^(-i/m), RoPE) | "gaussian" (N(0, 1/anchor_min_gap))
     ferope_m: int = 0  # pairs of dimensions that rotate; 0 = all, head_dim // 2
     ferope_learnable: bool = False  # the frequencies are parameters
     ferope_anchor_relative: bool = False  # position counted from the cell's anchor, not from the start of the text
@@ -60,6 +57,11 @@ class GPTConfig:
     anchor_jitter: int = 32  # and up to so many more
     anchor_seed: int = 1337  # of the anchors and of random frequencies
     share_region_router: bool = True  # one set of anchors for all layers; False = layer l has anchor_seed + l
+    region_size: int = 0  # consecutive cells that make a region; 0 = no regions
+    region_edges: int = 0  # of use_block_sparse: a region also looks at the regions 1, 2, 4, ... before it, so many
+    use_region_feedback: bool = False  # after attention, add a gated projection of the mean of nearby regions' past
+    region_rings: int = 1  # of use_region_feedback: regions this near are neighbours
+    feedback_hops: int = 1  # of use_region_feedback: steps over the graph of neighbours
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -77,21 +79,35 @@ class GPTConfig:
             raise ValueError(f"ferope_m={self.ferope_m}: 2 ferope_m must fit into the head's {head_dim} dimensions")
         if self.anchor_min_gap < 1 or self.anchor_jitter < 0 or self.neighbor_rings < 0 or self.rope_base <= 1:
             raise ValueError("anchor_min_gap must be >= 1, anchor_jitter and neighbor_rings >= 0, rope_base > 1")
-        for names, switch, is_on in (
-            (("ferope_freqs", "ferope_m", "ferope_learnable", "ferope_anchor_relative", "rope_base"), "use_ferope",
-             self.use_ferope),
-            (("neighbor_rings",), "use_block_sparse", self.use_block_sparse),
-            (("anchor_min_gap", "anchor_jitter", "anchor_seed", "share_region_router"),
-             "use_block_sparse or ferope_anchor_relative", self.has_anchors or self.ferope_freqs == "gaussian"),
-        ):  # fmt: skip
-            for name in names if not is_on else ():
-                if getattr(self, name) != GPTConfig.__dataclass_fields__[name].default:
-                    raise ValueError(f"{name}={getattr(self, name)} does nothing without {switch}: set that too")
+        if min(self.region_size, self.region_edges, self.region_rings) < 0 or self.feedback_hops < 1:
+            raise ValueError("region_size, region_edges and region_rings must be >= 0, feedback_hops >= 1")
+        if self.use_region_feedback and not self.region_size:
+            raise ValueError("use_region_feedback needs regions: set region_size")
+        if self.region_edges and not (self.region_size and self.use_block_sparse):
+            raise ValueError("region_edges needs region_size and use_block_sparse: set both")
+        self.refuse_idle(
+            "use_ferope", self.use_ferope,
+            "ferope_freqs", "ferope_m", "ferope_learnable", "ferope_anchor_relative", "rope_base",
+        )  # fmt: skip
+        self.refuse_idle("use_block_sparse", self.use_block_sparse, "neighbor_rings")
+        self.refuse_idle("use_region_feedback", self.use_region_feedback, "region_rings", "feedback_hops")
+        self.refuse_idle(
+            "region_edges or use_region_feedback", self.region_edges or self.use_region_feedback, "region_size"
+        )
+        anchored = self.has_anchors or self.ferope_freqs == "gaussian"
+        self.refuse_idle("cells (use_block_sparse, say)", anchored, "anchor_min_gap", "anchor_jitter", "anchor_seed")
+        self.refuse_idle("cells (use_block_sparse, say)", self.has_anchors, "share_region_router")
+
+    def refuse_idle(self, switch, is_on, *names):
+        """Refuse flags that were set but do nothing because what they belong to is off."""
+        for name in names if not is_on else ():
+            if getattr(self, name) != GPTConfig.__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={getattr(self, name)} does nothing without {switch}: set that too")
 
     @property
     def has_anchors(self):
         """Whether positions belong to cells, of which there are only block_size's."""
-        return self.use_block_sparse or self.ferope_anchor_relative
+        return self.use_block_sparse or self.ferope_anchor_relative or self.use_region_feedback
 
 
 def one_of(config, name, choices):
@@ -205,12 +221,51 @@ def ferope_ar_rotate(q, k, theta):
     return rotate(q), rotate(k)
 
 
+def region_relation(C, rings, region_size=0, edges=0):
+    """Which of C cells may look at which, (C, C) bool: `rings` cells back, and `edges` of 1, 2, 4, ... regions back."""
+    c = torch.arange(C, device="cpu")
+    back = c[:, None] - c[None, :]
+    allowed = (back >= 0) & (back <= rings)
+    if edges:
+        region = c // region_size
+        back = region[:, None] - region[None, :]
+        allowed |= torch.isin(back, 2 ** torch.arange(edges, device="cpu"))
+    return allowed
+
+
+def feedback_weights(starts, region_size, rings, hops):
+    """What each cell hears of the ones before: (C, C), strictly lower triangular, rows that sum to 1 or 0.
+
+    Seen from cell c, a region's value is the mean over the tokens of its complete cells, those before c; one hop
+    replaces it by the mean of the values, where there are any, of the regions at most `rings` away and not after c's.
+    """
+    length = torch.tensor(starts, device="cpu").diff().double()
+    C = len(length)
+    region = torch.arange(C, device="cpu") // region_size
+    weights = torch.zeros(C, C, dtype=torch.float64, device="cpu")
+    for c in range(1, C):
+        near = max(0, int(region[c]) - rings * hops)  # no hop reaches further back
+        member = (region[:c] == torch.arange(near, int(region[c]) + 1, device="cpu")[:, None]) * length[:c]  # (R, c)
+        count = member.sum(1, keepdim=True)
+        value, has = member / count.clamp(min=1), (count > 0).double()
+        r = torch.arange(len(value), device="cpu")
+        neighbour = ((r[:, None] - r[None, :]).abs() <= rings).double()
+        for _ in range(hops):
+            heard = neighbour @ has
+            value, has = neighbour @ value / heard.clamp(min=1), (heard > 0).double()
+        weights[c, :c] = value[-1] / length[:c]  # of the sum over a cell's tokens
+    return weights.float()
+
+
 class Cells(nn.Module):
     """The cells of one layer: `cell` and `offset` of each position, (block_size,), and the route they allow."""
 
     def __init__(self, config, layer):
         super().__init__()
-        self.rings = config.neighbor_rings
+        self.relation = (config.neighbor_rings, config.region_size, config.region_edges)
+        self.graph = (
+            (config.region_size, config.region_rings, config.feedback_hops) if config.use_region_feedback else None
+        )
         seed = config.anchor_seed + (0 if config.share_region_router else layer)
         generator = torch.Generator("cpu").manual_seed(seed)
         anchors, cell = build_pd_anchors_1d(config.block_size, config.anchor_min_gap, config.anchor_jitter, generator)
@@ -220,10 +275,12 @@ class Cells(nn.Module):
         self.relate()
 
     def relate(self):
-        """Build the route from the cells: c may look at c' if 0 <= c - c' <= rings."""
-        c = torch.arange(int(self.cell[-1]) + 1, device="cpu")
-        distance = c[:, None] - c[None, :]
-        self.route = Route.from_cells(self.cell.cpu(), (distance >= 0) & (distance <= self.rings))
+        """Build the route, and what cells hear of each other, from the cells."""
+        cell = self.cell.cpu()
+        self.route = Route.from_cells(cell, region_relation(int(cell[-1]) + 1, *self.relation))
+        if self.graph:
+            heard = feedback_weights(self.route.starts, *self.graph).to(self.cell.device)
+            self.register_buffer("heard", heard, persistent=False)
 
     def crop(self, block_size):
         self.cell, self.offset = self.cell[:block_size], self.offset[:block_size]
@@ -333,6 +390,32 @@ class CausalSelfAttention(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Region feedback: x_t += tanh(gate) proj(sum over c' < c of heard[c, c'] sum_c'), c the cell of t, sum_c' the sum of x
+# over cell c'; the gate starts at 0. Only complete cells are heard, so a token hears nothing of its own cell.
+# O(T C) for the sums and O((T / cell) C^2) for the projection of one vector a cell; decoding keeps one sum a cell.
+
+
+class RegionFeedback(nn.Module):
+    def __init__(self, config, cells):
+        super().__init__()
+        self.cells = cells
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, state=None):
+        (B, T, C), past = x.shape, 0 if state is None else state.pos
+        cell = self.cells.cell[past : past + T]
+        sums = x.new_zeros(B, len(self.cells.route.starts) - 1, C)
+        if state is not None:
+            sums = state.of(self).setdefault("sums", sums)
+        sums = sums.index_add(1, cell, x)
+        if state is not None:
+            state.of(self)["sums"] = sums
+        heard = self.cells.heard.to(x.dtype) @ sums  # (B, cells, C)
+        return torch.tanh(self.gate) * self.proj(heard)[:, cell]  # (B, T, C)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Channel mixer: the two-layer perceptron, y = W2 act(W1 x), hidden width 4C; (B, T, C) -> (B, T, C).
 
 
@@ -357,11 +440,14 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config, layer)
+        self.feedback = RegionFeedback(config, self.attn.cells) if config.use_region_feedback else None
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x, state=None):
         x = x + self.attn(self.ln_1(x), state)
+        if self.feedback is not None:
+            x = x + self.feedback(x, state)
         return x + self.mlp(self.ln_2(x))
 
 

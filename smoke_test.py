@@ -34,7 +34,17 @@ VARIANTS = {
     "ferope_anchored": {"use_ferope": True, "ferope_anchor_relative": True, "ferope_learnable": True, **CELLS},
     "block_sparse": {"use_block_sparse": True, **CELLS},
     "block_sparse_0_rings": {"use_block_sparse": True, "neighbor_rings": 0, "share_region_router": False, **CELLS},
-    "geometric": {"use_block_sparse": True, "use_ferope": True, "ferope_anchor_relative": True, **CELLS},
+    "region_edges": {"use_block_sparse": True, "region_size": 2, "region_edges": 2, "neighbor_rings": 0, **CELLS},
+    "region_feedback": {"use_region_feedback": True, "region_size": 2, "feedback_hops": 2, **CELLS},
+    "geometric": {
+        "use_block_sparse": True,
+        "use_ferope": True,
+        "region_size": 2,
+        "region_edges": 1,
+        "use_region_feedback": True,
+        "pos_embedding": "none",
+        **CELLS,
+    },
 }
 SIZE = {"block_size": 32, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
