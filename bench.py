@@ -408,6 +408,7 @@ def bench_attention(cfg, device, sizes):
         print(f"{name}, peak MB: {memory[name]}")
     if cfg.plot:
         plot_attention(lengths, seconds, fits)
+        plot_routing()
     return {"lengths": lengths, "seconds": seconds, "exponents": fits, "ratios": ratios, "memory_mb": memory}
 
 
@@ -424,8 +425,38 @@ def plot_attention(lengths, seconds, fits):
     axes.set(xlabel="T, tokens", ylabel="seconds", title=f"Attention, 1 x {HEADS} heads x {HEAD_DIM}, cells of ~256")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")
-    (ROOT / "docs" / "img").mkdir(exist_ok=True)
-    figure.savefig(ROOT / "docs" / "img" / "attention.png", dpi=120)
+    save(figure, "attention")
+
+
+def plot_routing():
+    """The routing graph of config/ablation/region_edges.py at block 512, by what put each edge there."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+
+    flags = {"n_layer": 1, "n_head": 1, "n_embd": 16, "use_block_sparse": True, "region_size": 2, "region_edges": 2}
+    cells = GPT(GPTConfig(block_size=512, anchor_min_gap=24, anchor_jitter=16, **flags)).transformer.h[0].attn.cells
+    mask, cell = cells.route.mask(), cells.cell
+    back = cell[:, None] - cell[None, :]
+    kind = torch.where(mask, torch.where(back == 0, 1, torch.where(back == 1, 2, 3)), 0)
+    figure, axes = plt.subplots(figsize=(6.4, 6.4), layout="constrained")
+    axes.imshow(kind, cmap=ListedColormap(["white", "#1f4e79", "#6fa8dc", "#f6b26b"]), interpolation="nearest")
+    for c, start in enumerate(cells.route.starts[1:-1], 1):
+        region = c % flags["region_size"] == 0
+        for line in (axes.axhline, axes.axvline):
+            line(start - 0.5, color="black" if region else "grey", lw=0.8 if region else 0.25)
+    for color, label in (("#1f4e79", "own cell"), ("#6fa8dc", "ring: the cell before"), ("#f6b26b", "region edges")):
+        axes.plot([], [], "s", color=color, label=label)
+    axes.legend(loc="upper right")
+    share = mask.float().sum() / (512 * 513 / 2)
+    axes.set(xlabel="key position", ylabel="query position")
+    axes.set_title(f"{len(cells.route.starts) - 1} cells, regions of 2 (black): {share:.0%} of the causal pairs")
+    save(figure, "routing")
+
+
+def save(figure, name):
+    folder = ROOT / "docs" / "img"
+    folder.mkdir(exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=120)
 
 
 BENCHES = {
