@@ -29,6 +29,9 @@ from kernels.block_sparse import Route, block_sparse_attention
 # Configuration: the single source of every model flag. configurator.py reads names, types, defaults and comments here.
 
 
+HTM_GROUP = 64  # hidden units of an MLP that make one column
+
+
 @dataclass
 class GPTConfig:
     """Everything that shapes the model. ValueError, naming the flags, for what makes no sense."""
@@ -62,6 +65,9 @@ class GPTConfig:
     use_region_feedback: bool = False  # after attention, add a gated projection of the mean of nearby regions' past
     region_rings: int = 1  # of use_region_feedback: regions this near are neighbours
     feedback_hops: int = 1  # of use_region_feedback: steps over the graph of neighbours
+    htm_meta_strength: float = 0.0  # scale a column's update by 1 +- this, by how well it predicts; 0 = off
+    htm_meta_decay: float = 0.99  # a step: how long a column's success is remembered
+    htm_meta_target: str = "lr"  # what is scaled: "lr" (the update) | "momentum" (AdamW's first moment)
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -97,6 +103,13 @@ class GPTConfig:
         anchored = self.has_anchors or self.ferope_freqs == "gaussian"
         self.refuse_idle("cells (use_block_sparse, say)", anchored, "anchor_min_gap", "anchor_jitter", "anchor_seed")
         self.refuse_idle("cells (use_block_sparse, say)", self.has_anchors, "share_region_router")
+
+        one_of(self, "htm_meta_target", ("lr", "momentum"))
+        self.refuse_idle("htm_meta_strength", self.htm_meta_strength, "htm_meta_decay", "htm_meta_target")
+        if not (0 <= self.htm_meta_strength <= 1 and 0 <= self.htm_meta_decay < 1):
+            raise ValueError("htm_meta_strength must be in [0, 1], htm_meta_decay in [0, 1)")
+        if self.htm_meta_strength and 4 * self.n_embd % HTM_GROUP:
+            raise ValueError(f"htm_meta_strength needs hidden units in groups of {HTM_GROUP}: n_embd a multiple of 16")
 
     def refuse_idle(self, switch, is_on, *names):
         """Refuse flags that were set but do nothing because what they belong to is off."""
@@ -335,6 +348,7 @@ class CausalSelfAttention(nn.Module):
         self.cells = Cells(config, layer) if config.has_anchors else None
         self.ferope = FeRoPE(config) if config.use_ferope else None
         self.is_anchored = config.ferope_anchor_relative
+        self.activity = torch.zeros(()) if config.htm_meta_strength else None  # how active each head was, by token
 
     def forward(self, x, state=None):
         B, T, C = x.shape
@@ -348,6 +362,8 @@ class CausalSelfAttention(nn.Module):
         y = self.attend(q, k, v) if past == 0 else self.attend_to_memory(q, keys, values, place, past)
         if state is not None and self.is_sparse:
             self.forget(state.of(self), past + T)
+        if self.activity is not None and self.training:
+            self.activity = y.detach().float().norm(dim=-1).transpose(1, 2)  # (B, T, nh)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
     def attend(self, q, k, v):
@@ -426,9 +442,98 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.activity = torch.zeros(()) if config.htm_meta_strength else None  # how active each group was, by token
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+        h = self.act(self.c_fc(x))  # (B, T, 4C)
+        if self.activity is not None and self.training:
+            self.activity = h.detach().float().abs().unflatten(-1, (-1, HTM_GROUP)).mean(-1)  # (B, T, 4C / 64)
+        return self.dropout(self.c_proj(h))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HTM-style meta-updates: columns (attention heads, and groups of 64 hidden units) that predict well learn faster.
+#   success_c <- decay success_c + (1 - decay) sum_t a_ct [loss_t < its running mean] / sum_t a_ct, with a_ct >= 0 the
+#   activity of column c at token t; c's update is scaled by 1 + strength tanh(z_c), z_c = success_c standardised over
+#   the columns. Counted in forward, summed over processes, applied once an optimiser step by hooks on the optimiser.
+# Cost: a copy of the columns' weights during the step. After Hawkins & Ahmad 2016 (HTM), where active cells that
+# predicted right are reinforced; the rule here is ours.
+
+
+class ColumnMeta(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.strength, self.decay, self.target = (
+            config.htm_meta_strength, config.htm_meta_decay, config.htm_meta_target,
+        )  # fmt: skip
+        heads, groups = config.n_head, 4 * config.n_embd // HTM_GROUP
+        self.sizes = [heads, groups] * config.n_layer
+        self.register_buffer("success", torch.full((sum(self.sizes),), 0.5))
+        self.register_buffer("mean_loss", torch.tensor(math.log(config.vocab_size)))
+        self.register_buffer("counted", torch.zeros(2, sum(self.sizes) + 1))  # sums over tokens: good, all; last: loss
+
+    @torch.no_grad()
+    def observe(self, activity, token_loss, seen):
+        """Count a micro-batch: activity (N, columns), token_loss (N,), seen (N,) bool, false without a target."""
+        good = (token_loss < self.mean_loss) & seen
+        weighted = activity * seen[:, None]
+        good = torch.cat(((weighted * good[:, None]).sum(0), (token_loss * seen).sum()[None]))
+        self.counted += torch.stack((good, torch.cat((weighted.sum(0), seen.sum()[None]))))
+
+    @torch.no_grad()
+    def apply_counts(self):
+        """Move the running means by what all processes counted since the last step."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.counted)
+        fresh = self.counted[0] / self.counted[1].clamp(min=1e-12)
+        fresh = torch.where(self.counted[1] > 0, fresh, torch.cat((self.success, self.mean_loss[None])))
+        self.success.lerp_(fresh[:-1], 1 - self.decay)
+        self.mean_loss.lerp_(fresh[-1], 1 - self.decay)
+        self.counted.zero_()
+
+    def multipliers(self):
+        """Each column's factor in [1 - strength, 1 + strength], one tensor a sublayer, attention and MLP in turn."""
+        z = (self.success - self.success.mean()) / self.success.std().clamp(min=1e-4)
+        factor = 1 + self.strength * torch.tanh(z)
+        return factor.split(self.sizes)
+
+    def attach(self, optimizer, blocks):
+        """Scale, from now on, what `optimizer` does to the columns of `blocks`."""
+        before = {}
+
+        def scaled():
+            """(parameter, factors that broadcast to it) of everything that belongs to a column."""
+            factors = iter(self.multipliers())
+            for block in blocks:
+                for linear, back, copies in (
+                    (block.attn.c_attn, block.attn.c_proj, 3),
+                    (block.mlp.c_fc, block.mlp.c_proj, 1),
+                ):
+                    factor = next(factors)
+                    rows = factor.repeat_interleave(linear.out_features // copies // len(factor)).repeat(copies)
+                    yield linear.weight, rows[:, None]
+                    if linear.bias is not None:
+                        yield linear.bias, rows
+                    yield back.weight, rows[: back.in_features]
+
+        @torch.no_grad()
+        def pre(optimizer, args, kwargs):
+            self.apply_counts()
+            if self.target == "lr":
+                before.update((p, p.clone()) for p, _ in scaled())
+                return
+            for p, factor in scaled():
+                if "exp_avg" in optimizer.state[p]:  # beta1 times the factor stays below 1: a moment must fade
+                    beta1 = optimizer.param_groups[0]["betas"][0]
+                    optimizer.state[p]["exp_avg"] *= factor.clamp(max=0.999 / beta1)
+
+        @torch.no_grad()
+        def post(optimizer, args, kwargs):
+            for p, factor in scaled() if self.target == "lr" else ():
+                p.copy_(before.pop(p).lerp(p, factor.expand_as(p)))
+
+        optimizer.register_step_pre_hook(pre)
+        optimizer.register_step_post_hook(post)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,6 +572,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied, Press & Wolf 2017
+        self.htm = ColumnMeta(config) if config.htm_meta_strength else None
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # 2 n_layer of these add up in the residual stream
@@ -508,6 +614,12 @@ class GPT(nn.Module):
             return self.lm_head(self.transformer.ln_f(x[:, -1:])), None
         logits = self.lm_head(self.transformer.ln_f(x))
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        if self.htm is not None and self.training:
+            activity = torch.cat([a for b in self.transformer.h for a in (b.attn.activity, b.mlp.activity)], -1)
+            token_loss = F.cross_entropy(
+                logits.detach().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
+            )
+            self.htm.observe(activity.flatten(0, 1), token_loss, targets.flatten() != -1)
         self.losses = {"lm": loss.detach()}
         return logits, loss
 
@@ -576,7 +688,11 @@ class GPT(nn.Module):
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cpu", "cuda", "mps"))
+        fused = device_type in ("cpu", "cuda", "mps")
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        if self.htm is not None:
+            self.htm.attach(optimizer, self.transformer.h)
+        return optimizer
 
     def crop_block_size(self, block_size):
         """Shorten the context, e.g. of a pre-trained model. ValueError if it would have to grow."""

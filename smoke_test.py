@@ -36,6 +36,8 @@ VARIANTS = {
     "block_sparse_0_rings": {"use_block_sparse": True, "neighbor_rings": 0, "share_region_router": False, **CELLS},
     "region_edges": {"use_block_sparse": True, "region_size": 2, "region_edges": 2, "neighbor_rings": 0, **CELLS},
     "region_feedback": {"use_region_feedback": True, "region_size": 2, "feedback_hops": 2, **CELLS},
+    "htm_lr": {"htm_meta_strength": 0.5, "htm_meta_decay": 0.5},
+    "htm_momentum": {"htm_meta_strength": 0.5, "htm_meta_target": "momentum"},
     "geometric": {
         "use_block_sparse": True,
         "use_ferope": True,

@@ -383,7 +383,8 @@ class Trainer:
         self.ddp = None
         if world.control is not None:
             ids = [torch.device(world.device).index] if self.device_type == "cuda" else None
-            self.ddp = DistributedDataParallel(self.forward, device_ids=ids)
+            # buffers are equal by construction, and counts that a step has not applied yet must not be overwritten
+            self.ddp = DistributedDataParallel(self.forward, device_ids=ids, broadcast_buffers=False)
 
     def restore(self, checkpoint):
         """Go on where `checkpoint` stopped; nanoGPT's has no scaler and no random states."""
