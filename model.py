@@ -16,6 +16,7 @@ References: nanoGPT (github.com/karpathy/nanoGPT); GPT-2 (Radford et al. 2019).
 import math
 import os
 import pickle
+from bisect import bisect_right
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -83,7 +84,7 @@ class GPTConfig:
         head_dim = self.n_embd // self.n_head
         if not 0 <= 2 * self.ferope_m <= head_dim or (self.use_ferope and head_dim < 2):
             raise ValueError(f"ferope_m={self.ferope_m}: 2 ferope_m must fit into the head's {head_dim} dimensions")
-        if self.anchor_min_gap < 1 or self.anchor_jitter < 0 or self.neighbor_rings < 0 or self.rope_base <= 1:
+        if self.anchor_min_gap < 1 or self.anchor_jitter < 0 or self.neighbor_rings < 0 or not self.rope_base > 1:
             raise ValueError("anchor_min_gap must be >= 1, anchor_jitter and neighbor_rings >= 0, rope_base > 1")
         if min(self.region_size, self.region_edges, self.region_rings) < 0 or self.feedback_hops < 1:
             raise ValueError("region_size, region_edges and region_rings must be >= 0, feedback_hops >= 1")
@@ -100,10 +101,11 @@ class GPTConfig:
         self.refuse_idle(
             "region_edges or use_region_feedback", self.region_edges or self.use_region_feedback, "region_size"
         )
-        anchored = self.has_anchors or self.ferope_freqs == "gaussian"
-        self.refuse_idle("cells (use_block_sparse, say)", anchored, "anchor_min_gap", "anchor_jitter", "anchor_seed")
-        self.refuse_idle("cells (use_block_sparse, say)", self.has_anchors, "share_region_router")
-
+        is_random = self.ferope_freqs == "gaussian"
+        self.refuse_idle('ferope_freqs="log"', not is_random, "rope_base")
+        cells = "cells (use_block_sparse, say)"
+        self.refuse_idle(cells, self.has_anchors or is_random, "anchor_min_gap", "anchor_seed")
+        self.refuse_idle(cells, self.has_anchors, "anchor_jitter", "share_region_router")
         one_of(self, "htm_meta_target", ("lr", "momentum"))
         self.refuse_idle("htm_meta_strength", self.htm_meta_strength, "htm_meta_decay", "htm_meta_target")
         if not (0 <= self.htm_meta_strength <= 1 and 0 <= self.htm_meta_decay < 1):
@@ -194,10 +196,11 @@ def append_kv(store, k, v):
 
 
 def build_pd_anchors_1d(length, min_gap, jitter, generator):
-    """A maximal Poisson-disk sample of 0..length-1: (anchors (A,), cell (length,)), int64, on the CPU.
+    """A Poisson-disk sample of 0..length-1: (anchors (A,), cell (length,)), int64, on the CPU.
 
-    The first anchor is in [0, jitter], gaps are in {min_gap, ..., min_gap + jitter}; while another fits min_gap after
-    the last one, it goes there. cell[p] is the index of the anchor nearest to p, ties to the left.
+    The first anchor is in [0, jitter], gaps are in {min_gap, ..., min_gap + jitter}; if another fits min_gap after the
+    last one, it goes there. cell[p] is the index of the anchor nearest to p, ties to the left. No two anchors are
+    nearer than min_gap, and with jitter < min_gap no position is min_gap or more from all of them.
     """
 
     def draw(most):
@@ -270,6 +273,11 @@ def feedback_weights(starts, region_size, rings, hops):
     return weights.float()
 
 
+def relate_again(cells, incompatible_keys):
+    """After other cells were loaded: what follows from them."""
+    cells.relate()
+
+
 class Cells(nn.Module):
     """The cells of one layer: `cell` and `offset` of each position, (block_size,), and the route they allow."""
 
@@ -284,19 +292,25 @@ class Cells(nn.Module):
         anchors, cell = build_pd_anchors_1d(config.block_size, config.anchor_min_gap, config.anchor_jitter, generator)
         self.register_buffer("cell", cell)
         self.register_buffer("offset", anchor_local_offsets(torch.arange(len(cell), device="cpu"), anchors, cell))
-        self.register_load_state_dict_post_hook(lambda module, _: module.relate())
+        self.register_load_state_dict_post_hook(relate_again)
         self.relate()
 
     def relate(self):
-        """Build the route, and what cells hear of each other, from the cells."""
+        """Work out, from the cells, which may look at which and what they hear of each other."""
         cell = self.cell.cpu()
-        self.route = Route.from_cells(cell, region_relation(int(cell[-1]) + 1, *self.relation))
+        route = Route.from_cells(cell, region_relation(int(cell[-1]) + 1, *self.relation))
+        self.starts = route.starts
+        self.register_buffer("allowed", route.allowed.to(self.cell.device), persistent=False)
         if self.graph:
-            heard = feedback_weights(self.route.starts, *self.graph).to(self.cell.device)
+            heard = feedback_weights(route.starts, *self.graph).to(self.cell.device)
             self.register_buffer("heard", heard, persistent=False)
 
+    @property
+    def route(self):
+        return Route(self.starts, self.allowed)
+
     def crop(self, block_size):
-        self.cell, self.offset = self.cell[:block_size], self.offset[:block_size]
+        self.cell, self.offset = self.cell[:block_size].clone(), self.offset[:block_size].clone()
         self.relate()
 
 
@@ -313,6 +327,14 @@ class FeRoPE(nn.Module):
             self.W = nn.Parameter(W)  # (m,) radians a token
         else:
             self.register_buffer("W", W)
+
+    def _apply(self, fn, recurse=True):
+        """Move, but stay in float32 in a half-precision model: at position 1000 bfloat16 is off by radians."""
+        W = self.W.detach().clone()
+        super()._apply(fn, recurse)
+        if self.W.dtype in (torch.bfloat16, torch.float16):
+            self.W.data = W.to(self.W.device)
+        return self
 
     def forward(self, q, k, delta):
         """q, k (B, nh, T, hs) turned to delta (T,), in tokens."""
@@ -378,24 +400,27 @@ class CausalSelfAttention(nn.Module):
         now = torch.arange(past, past + q.size(2), device=q.device)
         mask = place[None, :] <= now[:, None]  # (T, n)
         if self.is_sparse:
-            cell, allowed = self.cells.cell, self.cells.route.allowed.to(q.device)
-            mask &= allowed[cell[now][:, None], cell[place][None, :]]
+            cell = self.cells.cell
+            mask &= self.cells.allowed[cell[now][:, None], cell[place][None, :]]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     def remember(self, state, k, v):
         """Add new keys and values to the layer's memory: all of them now, (B, nh, n, hs), and their positions (n,)."""
-        store = state.of(self)
-        place = torch.arange(state.pos, state.pos + k.size(2), device=k.device)
-        store["place"] = torch.cat((store["place"], place)) if "place" in store else place
-        return *append_kv(store, k, v), store["place"]
+        store, new = state.of(self), torch.arange(state.pos, state.pos + k.size(2), device=k.device)
+        k, v = append_kv(store, k, v)
+        if not self.is_sparse:
+            return k, v, torch.arange(k.size(2), device=k.device)
+        store["place"] = torch.cat((store["place"], new)) if "place" in store else new
+        return k, v, store["place"]
 
     def forget(self, store, next_position):
         """Drop the keys that no position from next_position on can reach, when a new cell begins there."""
-        route, cell = self.cells.route, self.cells.cell
-        if next_position >= len(cell) or store.get("cell") == (c := int(cell[next_position])):
+        starts = self.cells.starts
+        c = bisect_right(starts, next_position) - 1  # the cell that position is in
+        if next_position >= starts[-1] or store.get("cell") == c:
             return
         store["cell"] = c
-        keep = route.allowed[c:].any(0).to(cell.device)[cell[store["place"]]]
+        keep = self.cells.allowed[c:].any(0)[self.cells.cell[store["place"]]]
         store["kv"] = store["kv"][:, :, :, : store["n"]][:, :, :, keep]
         store["place"], store["n"] = store["place"][keep], int(keep.sum())
 
@@ -421,7 +446,7 @@ class RegionFeedback(nn.Module):
     def forward(self, x, state=None):
         (B, T, C), past = x.shape, 0 if state is None else state.pos
         cell = self.cells.cell[past : past + T]
-        sums = x.new_zeros(B, len(self.cells.route.starts) - 1, C)
+        sums = x.new_zeros(B, len(self.cells.starts) - 1, C)
         if state is not None:
             sums = state.of(self).setdefault("sums", sums)
         sums = sums.index_add(1, cell, x)
@@ -700,7 +725,7 @@ class GPT(nn.Module):
             raise ValueError(f"block_size={block_size}: must be 1 to {self.config.block_size}, it can only shrink")
         self.config.block_size = block_size
         if self.config.pos_embedding == "learned":
-            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
         for cells in (m for m in self.modules() if isinstance(m, Cells)):
             cells.crop(block_size)
 

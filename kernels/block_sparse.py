@@ -6,7 +6,8 @@ p_ij = exp(s_ij - lse_i), s_ij = scale q_i k_j + bias[cell i, cell j]. Sigmoid: 
 
 `reference` goes through a dense mask, in any float type: the one to compare with. `torch_forward` and `torch_backward`
 loop over query cells and never build a T x T matrix: time and memory are O(T k), k the keys a query can reach. The
-backward is written by hand: autograd through slices would write a zero tensor of full length for each cell.
+backward is written by hand: autograd through slices would write a zero tensor of full length for each cell. On CUDA the
+operators call block_sparse_triton.py.
 """
 
 import math
@@ -100,12 +101,12 @@ def reference(q, k, v, route, *, activation="softmax", bias=None, row_bias=None,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The CPU path: one query cell after the other, all batches and heads at once.
+# The PyTorch path: one query cell after the other, all batches and heads at once.
 #
-# Plain softmax over a static relation goes through the fused attention kernel twice a cell, once causally over the cell
-# itself and once over the keys before it; the two are merged by their log-sum-exp, and its backward, given the merged
-# log-sum-exp, returns each part's exact share of the gradient. Everything else (sigmoid, biases, a relation for each
-# head and batch) gathers a cell's keys and multiplies matrices.
+# On a CPU, plain softmax over a static relation goes through the fused attention kernel twice a cell, once causally
+# over the cell itself and once over the keys before it; the two are merged by their log-sum-exp, and its backward,
+# given the merged log-sum-exp, returns each part's exact share of the gradient. Everything else (sigmoid, biases, a
+# relation for each head and batch) gathers a cell's keys and multiplies matrices.
 
 fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -180,18 +181,19 @@ class Gather:
     """
 
     def __init__(self, starts, allowed, c):
-        spans = torch.tensor(starts)
+        device = allowed.device
+        spans = torch.tensor(starts, device=device)
         cells, rows = self.cells_of(allowed[:, c, : c + 1])
         lengths = torch.where(cells >= 0, spans[cells + 1] - spans[cells], 0)
         width = int(lengths.sum(1).max()) if lengths.numel() else 0
         ends = lengths.cumsum(1)
-        slot = torch.arange(width).expand(rows, width).contiguous()
+        slot = torch.arange(width, device=device).expand(rows, width).contiguous()
         which = torch.searchsorted(ends, slot, right=True)  # which of the row's cells a slot belongs to
         real = which < cells.size(1)
         which = which.clamp(max=max(0, cells.size(1) - 1))
         self.cell = cells.gather(1, which).clamp(min=0)
         self.position = (spans[self.cell] + slot - (ends - lengths).gather(1, which)).clamp(max=starts[-1] - 1)
-        query = torch.arange(starts[c], starts[c + 1])
+        query = torch.arange(starts[c], starts[c + 1], device=device)
         self.seen = real[:, None, :] & (self.position[:, None, :] <= query[:, None])
 
     @staticmethod
@@ -199,7 +201,9 @@ class Gather:
         """The cells that are true in each row of (X, C), first ones first, padded with -1: (X, most), and X."""
         count = allowed.sum(1)
         order = torch.argsort(allowed.byte(), dim=1, descending=True, stable=True)[:, : int(count.max())]
-        return torch.where(torch.arange(order.size(1)) < count[:, None], order, -1), allowed.size(0)
+        return torch.where(
+            torch.arange(order.size(1), device=allowed.device) < count[:, None], order, -1
+        ), allowed.size(0)
 
     def take(self, x):
         """Rows of x (B H, T, D) at the gathered positions: (B H, m, D)."""
@@ -231,10 +235,10 @@ def probabilities(q, k, gather, c, span, bias, row_bias, scale, activation, lse=
 
 
 def torch_forward(q, k, v, starts, allowed, bias, row_bias, scale, activation):
-    """(out (B, H, T, D), lse (B, H, T)) on a CPU; see `block_sparse_attention`. lse is empty for sigmoid."""
+    """(out (B, H, T, D), lse (B, H, T)); see `block_sparse_attention`. lse is empty for sigmoid. Any device."""
     (B, H, T, _), dtype = q.shape, q.dtype
     q, k, v = widened(q, k, v)
-    if activation == "softmax" and bias is None and allowed.dim() == 2:
+    if is_fused(q, allowed, bias, activation):
         out, lse = fused_forward(q, k, v, starts, allowed, scale)
         return out.to(dtype), lse
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -250,25 +254,24 @@ def torch_forward(q, k, v, starts, allowed, bias, row_bias, scale, activation):
 
 
 def torch_backward(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, scale, activation):
-    """Gradients (dq, dk, dv, dbias, drow_bias) on a CPU; the last two are empty where there is no such bias."""
+    """Gradients (dq, dk, dv, dbias, drow_bias); the last two are empty where there is no such bias. Any device."""
     (B, H, T, _), dtype, bias_shape = q.shape, q.dtype, None if bias is None else bias.shape
     grad, q, k, v, out = widened(grad, q, k, v, out)
-    if activation == "softmax" and bias is None and allowed.dim() == 2:
+    if is_fused(q, allowed, bias, activation):
         gradients = fused_gradients(grad, q, k, v, out, lse, starts, allowed, scale)
         return (*(x.to(dtype) for x in gradients), q.new_empty(0), q.new_empty(0))
-    grad, q, k, v, out = (x.flatten(0, 1) for x in (grad, q, k, v, out))
+    grad, q, k, v = (x.flatten(0, 1) for x in (grad, q, k, v))
     allowed, bias = flat_relation(allowed, bias, B, H, q.dtype)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dbias = q.new_zeros(0 if bias is None else bias.shape)
     drow = q.new_zeros(0 if row_bias is None else T)
-    delta = (grad * out).sum(-1, keepdim=True)  # (B H, T, 1)
     for c, span in enumerate(zip(starts, starts[1:])):
         at, gather = slice(*span), Gather(starts, allowed, c)
         known = lse.flatten(0, 1)[:, at, None] if activation == "softmax" else None
         p, _ = probabilities(q, k, gather, c, span, bias, row_bias, scale, activation, known)
         gather.add_to(dv, p.mT @ grad[:, at])
         dp = grad[:, at] @ gather.take(v).mT
-        ds = p * (dp - delta[:, at]) if activation == "softmax" else p * (1 - p) * dp
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) if activation == "softmax" else p * (1 - p) * dp
         dq[:, at] = ds @ gather.take(k) * scale
         gather.add_to(dk, ds.mT @ q[:, at] * scale)
         if bias is not None:
@@ -278,6 +281,11 @@ def torch_backward(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, sca
     if bias is not None:
         dbias = dbias.unflatten(0, (B, H)).sum_to_size(bias_shape)
     return (*(x.unflatten(0, (B, H)).to(dtype) for x in (dq, dk, dv)), dbias, drow)
+
+
+def is_fused(q, allowed, bias, activation):
+    """Whether the CPU's fused kernel can do it."""
+    return q.device.type == "cpu" and activation == "softmax" and bias is None and allowed.dim() == 2
 
 
 def sum_dtype(x):
@@ -301,12 +309,20 @@ def flat_relation(allowed, bias, B, H, dtype):
 # The operators.
 
 
+def import_triton():
+    """The CUDA path; not imported elsewhere, because Triton exists on Linux alone and takes a while to import."""
+    from kernels import block_sparse_triton
+
+    return block_sparse_triton
+
+
 @torch.library.custom_op("nanochimera::block_sparse", mutates_args=())
 def block_sparse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: list[int], allowed: torch.Tensor,
     bias: torch.Tensor | None, row_bias: torch.Tensor | None, scale: float, activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return torch_forward(q, k, v, starts, allowed, bias, row_bias, scale, activation)
+    forward = import_triton().triton_forward if q.is_cuda else torch_forward
+    return forward(q, k, v, starts, allowed, bias, row_bias, scale, activation)
 
 
 @block_sparse.register_fake
@@ -321,7 +337,8 @@ def block_sparse_backward(
     starts: list[int], allowed: torch.Tensor, bias: torch.Tensor | None, row_bias: torch.Tensor | None, scale: float,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    return torch_backward(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, scale, activation)
+    backward = import_triton().triton_backward if q.is_cuda else torch_backward
+    return backward(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, scale, activation)
 
 
 @block_sparse_backward.register_fake
@@ -338,6 +355,8 @@ def save_for_backward(ctx, inputs, output):
 
 
 def differentiate(ctx, grad, grad_lse):
+    if grad is None:
+        return (None,) * 9
     q, k, v, out, lse, allowed, bias, row_bias = ctx.saved_tensors
     dq, dk, dv, dbias, drow = block_sparse_backward(
         grad, q, k, v, out, lse, ctx.starts, allowed, bias, row_bias, ctx.scale, ctx.activation
@@ -360,18 +379,22 @@ def block_sparse_attention(q, k, v, route, *, activation="softmax", bias=None, r
     NotImplementedError for forward-mode inputs, whose tangents would be lost.
     """
     B, H, T, D = q.shape
-    if k.shape != q.shape or v.shape != q.shape or route.length != T:
-        raise ValueError(
-            f"q, k, v and the route must agree: {[*map(tuple, (q.shape, k.shape, v.shape))]}, {route.length}"
-        )
-    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (q, k, v)):
-        raise NotImplementedError("block_sparse_attention has no forward-mode derivative: use reference(...)")
+    C = len(route.starts) - 1
+    if not (k.shape == v.shape == q.shape and k.dtype == v.dtype == q.dtype and q.is_floating_point()):
+        raise ValueError("q, k and v must agree in shape, (B, H, T, D), and in type, a floating one")
+    if route.length != T or route.allowed.shape not in ((C, C), (B, H, C, C)):
+        what = f"{route.length} positions, allowed {tuple(route.allowed.shape)}"
+        raise ValueError(f"the route does not agree with q {tuple(q.shape)}: {what}")
     if activation not in ("softmax", "sigmoid"):
         raise ValueError(f"activation={activation!r}: must be softmax or sigmoid")
-    C = len(route.starts) - 1
-    if bias is not None and bias.shape[-2:] != (C, C):
-        raise ValueError(f"bias is {tuple(bias.shape)}, the route has {C} cells")
+    if bias is not None and bias.shape not in ((C, C), (H, C, C), (B, H, C, C)):
+        raise ValueError(f"bias is {tuple(bias.shape)}, the route has {C} cells, q is {tuple(q.shape)}")
+    if row_bias is not None and row_bias.shape != (T,):
+        raise ValueError(f"row_bias is {tuple(row_bias.shape)}, q has {T} positions")
+    inputs = [x for x in (q, k, v, bias, row_bias) if x is not None]
+    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError("block_sparse_attention has no forward-mode derivative: use reference(...)")
     if activation == "softmax":
         row_bias = None
     scale = D**-0.5 if scale is None else scale
-    return block_sparse(q, k, v, list(route.starts), route.allowed, bias, row_bias, scale, activation)[0]
+    return block_sparse(q, k, v, list(route.starts), route.allowed.to(q.device), bias, row_bias, scale, activation)[0]

@@ -9,8 +9,14 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 
 import pytest
+from hypothesis import settings
 
 from data.corpus import build_tokenizer, write_dataset
+
+# CI runs the same examples every time; at a desk, new ones are tried
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
