@@ -259,12 +259,12 @@ def torch_backward(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, sca
     grad, q, k, v, out = widened(grad, q, k, v, out)
     if is_fused(q, allowed, bias, activation):
         gradients = fused_gradients(grad, q, k, v, out, lse, starts, allowed, scale)
-        return (*(x.to(dtype) for x in gradients), q.new_empty(0), q.new_empty(0))
+        return (*(x.to(dtype) for x in gradients), *(q.new_empty(0, dtype=dtype) for _ in range(2)))
     grad, q, k, v = (x.flatten(0, 1) for x in (grad, q, k, v))
     allowed, bias = flat_relation(allowed, bias, B, H, q.dtype)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dbias = q.new_zeros(0 if bias is None else bias.shape)
-    drow = q.new_zeros(0 if row_bias is None else T)
+    dbias = q.new_zeros(0, dtype=dtype) if bias is None else torch.zeros_like(bias)
+    drow = q.new_zeros(0, dtype=dtype) if row_bias is None else q.new_zeros(T)
     for c, span in enumerate(zip(starts, starts[1:])):
         at, gather = slice(*span), Gather(starts, allowed, c)
         known = lse.flatten(0, 1)[:, at, None] if activation == "softmax" else None

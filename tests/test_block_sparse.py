@@ -431,3 +431,20 @@ def test_peak_memory_is_linear(kwargs):
     assert run.returncode == 0, run.stderr
     short, long = map(int, run.stdout.split())
     assert short > 30_000 and long <= 2.2 * short  # kilobytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "activation, biased", [("softmax", False), ("softmax", True), ("sigmoid", False), ("sigmoid", True)]
+)
+def test_fake_backward_has_the_real_types(dtype, activation, biased):
+    """Half types are widened inside; what comes out, empty gradients included, must be as compiled code expects it."""
+    q = torch.randn(1, 2, 12, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    route = Route.from_cells(torch.arange(12) // 4, torch.ones(3, 3, dtype=torch.bool))
+    bias = torch.ones(3, 3) if biased else None
+    row_bias = torch.ones(12) if biased and activation == "sigmoid" else None
+    rest = (list(route.starts), route.allowed, bias, row_bias, 0.25, activation)
+    out, lse = torch.ops.nanochimera.block_sparse(q, q.clone(), q.clone(), *rest)
+    torch.library.opcheck(
+        torch.ops.nanochimera.block_sparse_backward, (q.clone(), q, q.clone(), q.clone(), out, lse, *rest)
+    )
