@@ -344,20 +344,33 @@ def dbias_kernel(
 SPLIT = 8  # programs that share the bias gradient of a query cell
 
 
-# kernel: (M, N, num_warps, num_stages) at D <= 32, 64 and 128, for 16-bit types and then for float32, whose exact dots
-# run on no tensor core: each thread reads whole rows, so tiles are small. No register spills on sm_80 and sm_90: see
-# aot.py.
+DIMS = (16, 32, 64, 128)
+
+# kernel: (M, N, num_warps, num_stages) at these D, for 16-bit types and, in the second line, for float32, whose exact
+# dots run on no tensor core: each thread reads whole rows, so tiles are small. kernels/aot.py shows spills, if any.
 TILES = {
-    "forward_kernel": ((64, 32, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2), (16, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    "dq_kernel": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
-    "dkv_kernel": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
-    "dbias_kernel": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (16, 16, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
-}
+    "forward_kernel": (
+        (64, 32, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2),
+        (32, 32, 8, 1), (16, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1),
+    ),
+    "dq_kernel": (
+        (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2),
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1),
+    ),
+    "dkv_kernel": (
+        (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2),
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1),
+    ),
+    "dbias_kernel": (
+        (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2),
+        (16, 16, 4, 1), (16, 16, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1),
+    ),
+}  # fmt: skip
 
 
 def meta_of(kernel, D, dtype):
     """Tile sizes and launch options."""
-    column = (D > 32) + (D > 64) + 3 * (dtype == torch.float32)
+    column = DIMS.index(D) + len(DIMS) * (dtype == torch.float32)
     return dict(zip(("M", "N", "num_warps", "num_stages"), TILES[kernel.__name__][column]))
 
 
@@ -381,7 +394,7 @@ class Launch:
 
     def __init__(self, q, starts, allowed, bias, lse, row_bias, scale, activation):
         (self.B, self.H, self.T, self.D), self.C, self.dtype = q.shape, len(starts) - 1, q.dtype
-        if self.D not in (16, 32, 64, 128) or q.dtype not in POINTERS:
+        if self.D not in DIMS or q.dtype not in POINTERS:
             raise ValueError(f"D={self.D}, {q.dtype}: must be 16, 32, 64 or 128, and float32, bfloat16 or float16")
         self.starts = torch.tensor(starts, dtype=torch.int32).to(q.device, non_blocking=True)
         position = torch.arange(triton.cdiv(self.T, 128) * 128, dtype=torch.int32, device=q.device)  # whole tiles
