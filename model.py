@@ -13,6 +13,7 @@ gradients that arrive, and measured against the same control.
 References: nanoGPT (github.com/karpathy/nanoGPT); GPT-2 (Radford et al. 2019).
 """
 
+import heapq
 import math
 import os
 import pickle
@@ -25,12 +26,17 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from kernels.block_sparse import Route, block_sparse_attention
+from kernels.fhn import REST_V, REST_W, fhn_propagate
+from kernels.knots import gauss_linking_integrals, linking_numbers, strand_links
+from kernels.scan import gated_scan
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: the single source of every model flag. configurator.py reads names, types, defaults and comments here.
 
 
 HTM_GROUP = 64  # hidden units of an MLP that make one column
+MIXERS = ("softmax", "sigmoid", "fhn")
+FHN = {"a": 0.7, "b": 0.8, "eps": 0.08, "amplitude": 4.0}  # FitzHugh's own; the amplitude is ours (docs/log.md)
 
 
 @dataclass
@@ -48,6 +54,10 @@ class GPTConfig:
     # -- model controls -----------------------------------------------------------------------------------------------
     mlp_act: str = "gelu"  # "gelu" (exact, nanoGPT) | "gelu_tanh" (OpenAI's GPT-2) | "relu2" (squared ReLU)
     pos_embedding: str = "learned"  # "learned" (a table of block_size rows) | "none" (only causality tells the order)
+    # -- token mixers -------------------------------------------------------------------------------------------------
+    attn_mode: str = "softmax"  # "softmax" | "sigmoid" (weights that need not sum to 1) | "fhn" (waves) | "kaufmann"
+    attn_pattern: str = ""  # mixers that layers take in turn, "fhn,fhn,softmax" say; empty = attn_mode everywhere
+    sigmoid_bias_mode: str = "neg_log_n"  # "neg_log_n" (-log block_size) | "neg_log_i" (keys) | "zero" | "learned"
     # -- geometric routing --------------------------------------------------------------------------------------------
     use_ferope: bool = False  # rotate queries and keys by their position (RoPE), or by their place in their cell
     ferope_freqs: str = "log"  # radians a token: "log" (rope_base^(-i/m), RoPE) | "gaussian" (N(0, 1/anchor_min_gap))
@@ -66,6 +76,21 @@ class GPTConfig:
     use_region_feedback: bool = False  # after attention, add a gated projection of the mean of nearby regions' past
     region_rings: int = 1  # of use_region_feedback: regions this near are neighbours
     feedback_hops: int = 1  # of use_region_feedback: steps over the graph of neighbours
+    # -- knots --------------------------------------------------------------------------------------------------------
+    use_knot_attention: bool = False  # also attend to earlier cells whose strands link the last complete cell's
+    knot_block: int = 32  # tokens a cell, where nothing else makes cells
+    knot_vertices: int = 8  # of the polygon through a cell; 3 or more can link
+    knot_threshold: float = 2.0  # linking number, by magnitude, from which cells are tied: 1 links half, 2 an eighth
+    knot_k: int = 4  # earlier cells that a cell can be tied to
+    knot_learned_threshold: bool = False  # the threshold is a parameter a head, from knot_threshold - 0.5 on
+    # -- FitzHugh-Nagumo waves ----------------------------------------------------------------------------------------
+    fhn_steps: int = 2  # solver steps a layer; a stimulus goes through one gated scan along the tokens in each
+    fhn_dt: float = 0.5  # time of a step, in the equation's units
+    fhn_dynamics: str = "fhn"  # "fhn" (excitable: cubic and recovery) | "linear" (neither: one gated scan, the control)
+    use_fhn_imex: bool = True  # coupling solved implicitly; False = explicit Euler, which reaches fhn_steps tokens back
+    use_fhn_partitioning: bool = False  # channels in groups of balanced stimulus, normalised to a common level
+    fhn_partitions: int = 4  # of use_fhn_partitioning: groups
+    # -- meta-updates -------------------------------------------------------------------------------------------------
     htm_meta_strength: float = 0.0  # scale a column's update by 1 +- this, by how well it predicts; 0 = off
     htm_meta_decay: float = 0.99  # a step: how long a column's success is remembered
     htm_meta_target: str = "lr"  # what is scaled: "lr" (the update) | "momentum" (AdamW's first moment)
@@ -106,12 +131,52 @@ class GPTConfig:
         cells = "cells (use_block_sparse, say)"
         self.refuse_idle(cells, self.has_anchors or is_random, "anchor_min_gap", "anchor_seed")
         self.refuse_idle(cells, self.has_anchors, "anchor_jitter", "share_region_router")
+        self.check_mixers()
+        self.refuse_idle("use_knot_attention", self.use_knot_attention, "knot_block", "knot_vertices", "knot_threshold",
+                         "knot_k", "knot_learned_threshold")  # fmt: skip
+        self.refuse_idle("cells of its own: anchors make them", not self.has_anchors, "knot_block")
+        if not 3 <= self.knot_vertices <= 127 or min(self.knot_block, self.knot_k) < 1 or not self.knot_threshold > 0:
+            raise ValueError("knot_vertices must be in [3, 127], knot_block and knot_k >= 1, knot_threshold > 0")
+        if self.use_knot_attention and "sigmoid" in self.mixers and self.sigmoid_bias_mode == "neg_log_i":
+            raise ValueError('sigmoid_bias_mode="neg_log_i" counts keys, knots choose them: take "neg_log_n"')
         one_of(self, "htm_meta_target", ("lr", "momentum"))
         self.refuse_idle("htm_meta_strength", self.htm_meta_strength, "htm_meta_decay", "htm_meta_target")
         if not (0 <= self.htm_meta_strength <= 1 and 0 <= self.htm_meta_decay < 1):
             raise ValueError("htm_meta_strength must be in [0, 1], htm_meta_decay in [0, 1)")
         if self.htm_meta_strength and 4 * self.n_embd % HTM_GROUP:
             raise ValueError(f"htm_meta_strength needs hidden units in groups of {HTM_GROUP}: n_embd a multiple of 16")
+
+    def check_mixers(self):
+        """The flags of token mixers, which layers share by attn_pattern."""
+        if self.attn_pattern and self.attn_mode != "softmax":
+            raise ValueError(f"attn_pattern and attn_mode={self.attn_mode} both name mixers: leave one of them out")
+        if unknown := set(self.mixers) - set(MIXERS):
+            raise ValueError(f"attn_mode, attn_pattern: no mixer {sorted(unknown)[0]!r}; there are {', '.join(MIXERS)}")
+        if len(self.mixers) > self.n_layer:
+            raise ValueError(f"attn_pattern names {len(self.mixers)} mixers for n_layer={self.n_layer}: drop some")
+        has_waves = "fhn" in self.mixers
+        self.refuse_idle("a sigmoid layer", "sigmoid" in self.mixers, "sigmoid_bias_mode")
+        self.refuse_idle("a softmax or sigmoid layer", set(self.mixers) != {"fhn"}, "use_ferope", "use_block_sparse",
+                         "use_knot_attention")  # fmt: skip
+        one_of(self, "sigmoid_bias_mode", ("neg_log_n", "neg_log_i", "zero", "learned"))
+        one_of(self, "fhn_dynamics", ("fhn", "linear"))
+        self.refuse_idle("an fhn layer", has_waves, "fhn_steps", "fhn_dt", "fhn_dynamics", "use_fhn_imex",
+                         "use_fhn_partitioning")  # fmt: skip
+        self.refuse_idle("use_fhn_partitioning", self.use_fhn_partitioning, "fhn_partitions")
+        self.refuse_idle('fhn_dynamics="fhn"', self.fhn_dynamics == "fhn", "fhn_steps", "fhn_dt", "use_fhn_imex",
+                         "use_fhn_partitioning")  # fmt: skip
+        if not (self.fhn_steps >= 1 and self.fhn_dt > 0 and 1 <= self.fhn_partitions <= self.n_embd):
+            raise ValueError("fhn_steps must be >= 1, fhn_dt > 0, fhn_partitions in [1, n_embd]")
+        if has_waves and self.fhn_dynamics == "fhn" and fhn_eps_limit(self.fhn_dt, self.fhn_steps) <= FHN["eps"]:
+            raise ValueError(f"fhn_dt={self.fhn_dt} is unstable with fhn_steps={self.fhn_steps}: lower one of them")
+
+    @property
+    def mixers(self):
+        """The token mixers that layers take in turn, as a tuple of names."""
+        return tuple(name.strip() for name in (self.attn_pattern or self.attn_mode).split(","))
+
+    def mixer(self, layer):
+        return self.mixers[layer % len(self.mixers)]
 
     def refuse_idle(self, switch, is_on, *names):
         """Refuse flags that were set but do nothing because what they belong to is off."""
@@ -121,8 +186,13 @@ class GPTConfig:
 
     @property
     def has_anchors(self):
-        """Whether positions belong to cells, of which there are only block_size's."""
+        """Whether cells around anchors are drawn."""
         return self.use_block_sparse or self.ferope_anchor_relative or self.use_region_feedback
+
+    @property
+    def has_cells(self):
+        """Whether positions belong to cells, of which there are only block_size's."""
+        return self.has_anchors or self.use_knot_attention
 
 
 def one_of(config, name, choices):
@@ -145,6 +215,12 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu2": relu2,
 }
+
+
+def all_reduce(counts):
+    """Sum a tensor over processes, in place, where there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
 
 
 class DecodingState:
@@ -283,13 +359,19 @@ class Cells(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.relation = (config.neighbor_rings, config.region_size, config.region_edges)
+        rings = config.neighbor_rings if config.use_block_sparse else 1
+        rings = max(1, rings) if config.use_knot_attention else rings  # a knot is tied from the cell before
+        self.relation = (rings, config.region_size, config.region_edges)
         self.graph = (
             (config.region_size, config.region_rings, config.feedback_hops) if config.use_region_feedback else None
         )
-        seed = config.anchor_seed + (0 if config.share_region_router else layer)
-        generator = torch.Generator("cpu").manual_seed(seed)
-        anchors, cell = build_pd_anchors_1d(config.block_size, config.anchor_min_gap, config.anchor_jitter, generator)
+        if config.has_anchors:
+            seed = config.anchor_seed + (0 if config.share_region_router else layer)
+            draw = torch.Generator("cpu").manual_seed(seed)
+            anchors, cell = build_pd_anchors_1d(config.block_size, config.anchor_min_gap, config.anchor_jitter, draw)
+        else:
+            anchors = torch.arange(0, config.block_size, config.knot_block, device="cpu")
+            cell = torch.arange(config.block_size, device="cpu") // config.knot_block
         self.register_buffer("cell", cell)
         self.register_buffer("offset", anchor_local_offsets(torch.arange(len(cell), device="cpu"), anchors, cell))
         self.register_load_state_dict_post_hook(relate_again)
@@ -301,6 +383,7 @@ class Cells(nn.Module):
         route = Route.from_cells(cell, region_relation(int(cell[-1]) + 1, *self.relation))
         self.starts = route.starts
         self.register_buffer("allowed", route.allowed.to(self.cell.device), persistent=False)
+        self.register_buffer("keys", route.keys_per_query().to(self.cell.device), persistent=False)  # a position sees
         if self.graph:
             heard = feedback_weights(route.starts, *self.graph).to(self.cell.device)
             self.register_buffer("heard", heard, persistent=False)
@@ -342,9 +425,176 @@ class FeRoPE(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Token mixer: causal softmax attention.
-#   y_t = sum_{s <= t} softmax_s(q_t k_s / sqrt(hs)) v_s, per head; x (B, T, C) -> (B, T, C)
-# O(T^2) in training, O(T) a token in decoding, with a state of 2 C numbers a token. Vaswani et al. 2017.
+# Knots: cells attend to earlier ones whose strands, closed polygons through 3-D projections of the tokens, link theirs.
+#   Lk(a, b) = 1/(4 pi) oint oint det(a', b', a - b) / |a - b|^3 is an integer; of open strands the same integral is a
+#   real number with a gradient. Query cell c is represented by strand c - 1, the last complete one. It sees c and c - 1
+#   and, of the cells c' <= c - 2 with |Lk(strand c - 1, strand c')| >= threshold, the k most linked, then the latest.
+#   strands (B, nh, cells, n, 3); relations and biases (B, nh, query cell, key cell).
+# Cost: (T / cell)^2 n^2 sides of lines for all linking numbers (kernels/knots.py), then O(T k) attention.
+# Source: Gauss 1833; the gate is ours.
+
+
+def linking_number(a, b):
+    """Linking number of two disjoint closed polygons (n, 3) and (m, 3), the closing edge added: an exact int."""
+    return int(linking_numbers(*as_curves(a, b)))
+
+
+def gauss_linking_integral(a, b):
+    """Gauss integral of two open polygonal chains (n, 3) and (m, 3), a float: by the solid angles of their segments."""
+    return float(gauss_linking_integrals(*as_curves(a, b)))
+
+
+def as_curves(*curves):
+    """Curves in float64, refused if they are none."""
+    curves = [torch.as_tensor(x, dtype=torch.float64).detach() for x in curves]
+    for x in curves:
+        if x.dim() != 2 or x.size(1) != 3 or x.size(0) < 1 or not x.isfinite().all():
+            raise ValueError(f"a curve is a finite (n, 3) array of at least one vertex, not {tuple(x.shape)}")
+    return curves
+
+
+def strand_grid(starts, n, device="cpu"):
+    """Where n vertices lie in each cell, at equal parameters from its first token to its last.
+
+    starts: C + 1 ints. Returns (before, after, weight), each (C, n): the positions around a vertex, and after's share.
+    """
+    starts = torch.tensor(starts, device=device)
+    place = torch.arange(n, device=device) * (starts.diff() - 1)[:, None]  # in (n - 1)-ths of a token
+    before, part = starts[:-1, None] + place // (n - 1), place % (n - 1)
+    return before, before + (part > 0), part / (n - 1)
+
+
+def strands(points, starts, n):
+    """The polygons through n points of each cell of points (B, nh, T, 3): (B, nh, C, n, 3), float32 or better.
+
+    A cell of one token is a point: it links with nothing.
+    """
+    before, after, weight = strand_grid(starts, n, points.device)
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    low, high = (points.index_select(2, i.flatten()).unflatten(2, i.shape) for i in (before, after))
+    return torch.lerp(low, high, weight[..., None].to(points.dtype))
+
+
+def knot_choice(linking, threshold, k, first=0):
+    """The cells that query cells choose by their knots: (index, chosen), int64 and bool, (B, nh, R, min(k, C)).
+
+    linking (B, nh, R, C): |Lk| of the strands before the query cells first .. first + R - 1 with the strands of all C
+    cells; threshold: a number, or a tensor that broadcasts. Where fewer than k are linked, chosen is false and the
+    index is some other cell.
+    """
+    R, C = linking.shape[-2:]
+    key = torch.arange(C, device=linking.device)
+    query = torch.arange(first, first + R, device=linking.device)[:, None]
+    linked = (linking >= threshold) & (key <= query - 2)
+    rank = torch.where(linked, linking.long() * C + key, -1)  # no two are equal: the order is exact
+    rank, index = rank.topk(min(k, C))
+    return index, rank >= 0
+
+
+def spread(values, index, C):
+    """values (B, nh, R, K) at the cells in index, 0 elsewhere: (B, nh, R, C)."""
+    return values.new_zeros(*index.shape[:3], C).scatter(-1, index, values)
+
+
+def gate_bias(integrals, threshold, tau=0.5):
+    """log of a gate that is open for the chosen: 0, with the gradient of logsigmoid((|integral| - threshold) / tau).
+
+    integrals (B, nh, R, K); threshold: a tensor that broadcasts, (nh, 1, 1).
+    """
+    soft = F.logsigmoid((integrals.abs() - threshold) / tau)
+    return soft - soft.detach()
+
+
+class KnotGate(nn.Module):
+    """Which cells each head may look at, by the knots of a layer's input, and a bias on the scores between cells."""
+
+    def __init__(self, config, cells):
+        super().__init__()
+        self.cells, self.n_head, self.vertices, self.k = cells, config.n_head, config.knot_vertices, config.knot_k
+        self.threshold = config.knot_threshold
+        self.space = nn.Linear(config.n_embd, 3 * config.n_head, bias=False)
+        self.pull = nn.Parameter(torch.full((config.n_head, 1, 1), 0.1))  # of |integral|
+        if config.knot_learned_threshold:
+            self.learned = nn.Parameter(torch.full((config.n_head, 1, 1), config.knot_threshold - 0.5))
+        else:
+            self.learned = None
+        self.measured = {"link_density": torch.zeros(())}  # share of the earlier cells that are chosen
+
+    def forward(self, x, state=None):
+        """(first, allowed, bias) of the R query cells, from `first` on, that x (B, T, C) lies in: (B, nh, R, cells)."""
+        if state is not None:
+            return self.extend(x, state)
+        starts = self.cells.route.first(x.size(1)).starts
+        done = strands(self.points(x), starts, self.vertices)
+        links = strand_links(done)
+        return 0, *self.tie(
+            done.roll(1, 2), links.roll(1, 2), done, len(starts) - 1
+        )  # row 0 has nothing to choose from
+
+    def points(self, x):
+        """Tokens (B, T, C) in each head's space, (B, nh, T, 3), in float32 or better under autocast too."""
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return F.linear(x.to(dtype), self.space.weight.to(dtype)).unflatten(-1, (self.n_head, 3)).transpose(1, 2)
+
+    def tie(self, own, links, done, C, first=0):
+        """(allowed, bias), (B, nh, R, C), of the R query cells from `first` on.
+
+        own (B, nh, R, n, 3): the strand before each; links (B, nh, R, D): its linking numbers with the strands done
+        (B, nh, D, n, 3).
+        """
+        threshold = self.threshold if self.learned is None else self.learned.detach()
+        index, chosen = knot_choice(links.abs(), threshold, self.k, first)
+        other = done.flatten(3).gather(2, index.flatten(2)[..., None].expand(-1, -1, -1, 3 * self.vertices))
+        other = other.view(*index.shape, self.vertices, 3)
+        integral = gauss_linking_integrals(own[:, :, :, None], other, links.gather(3, index))
+        bias = self.pull * integral.abs()
+        if self.learned is not None:
+            bias = bias + gate_bias(integral, self.learned)
+        rows = slice(first, first + index.size(2))
+        if self.training:
+            earlier = sum(max(0, c - 1) for c in range(rows.start, rows.stop)) * index.size(0) * index.size(1)
+            self.measured["link_density"] = chosen.sum() / max(1, earlier)
+        allowed = spread(chosen, index, C) | self.cells.allowed[rows, :C]
+        return allowed, spread(bias * chosen, index, C)
+
+    def extend(self, x, state):
+        """The same in decoding, x (B, T, C) the new tokens: strands of complete cells are kept, and the current row."""
+        store, starts = state.of(self), self.cells.starts
+        first, last = (bisect_right(starts, p) - 1 for p in (state.pos, state.pos + x.size(1) - 1))
+        points = self.points(x)
+        if "points" in store:
+            points = torch.cat((store["points"], points), 2)  # from the first token of cell `first` on
+        end = last + (starts[last + 1] == state.pos + x.size(1))  # cells before it are complete
+        done = store.get("done", points.new_zeros(*points.shape[:2], 0, self.vertices, 3))
+        if end > first:
+            border = [p - starts[first] for p in starts[first : end + 1]]
+            done = torch.cat((done, strands(points[:, :, : border[-1]], border, self.vertices)), 2)
+            points = points[:, :, border[-1] :]
+        if (first, last) != store.get("rows"):
+            store["rows"] = first, last
+            if last == 0:
+                allowed = self.cells.allowed[:1, :1].expand(*points.shape[:2], 1, 1)
+                store["allowed"], store["bias"] = allowed, torch.zeros_like(allowed, dtype=points.dtype)
+            else:
+                own = done[:, :, [max(0, c - 1) for c in range(first, last + 1)]]
+                links = strand_links(own, done)
+                store["allowed"], store["bias"] = self.tie(own, links, done, last + 1, first)
+        store["points"], store["done"] = points, done
+        return first, store["allowed"], store["bias"]
+
+    def flops_per_token(self, T):
+        """Forward FLOPs: products of widths 3, 3 and 16 over all pairs of segments, and 5 passes."""
+        segments = len(self.cells.route.first(T).starts) * self.vertices
+        return 2 * (3 + 3 + 16 + 5) * segments**2 * self.n_head / T
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token mixer: causal attention.
+#   softmax: y_t = sum_{s <= t} softmax_s(q_t k_s / sqrt(hs)) v_s, per head; x (B, T, C) -> (B, T, C)
+#   sigmoid: y_t = sum_{s <= t} sigmoid(q_t k_s / sqrt(hs) + b_t) v_s; with b_t = -log(keys) it starts as their mean
+# O(T^2) in training, O(T) a token in decoding, with a state of 2 C numbers a token.
+# Sources: Vaswani et al. 2017; sigmoid: Ramapuram et al. 2024, arXiv 2409.04431.
 
 
 def causal_attention(q, k, v, dropout=0.0):
@@ -360,49 +610,109 @@ def causal_attention(q, k, v, dropout=0.0):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
+def sigmoid_attention(q, k, v, row_bias, mask, bias=0.0, dropout=0.0):
+    """sigmoid(q k^T / sqrt(hs) + row_bias + bias) v over the keys in mask; q (B, nh, T, hs), k and v (B, nh, n, hs).
+
+    row_bias (T,); mask and bias broadcast to (B, nh, T, n).
+    """
+    att = torch.sigmoid((q @ k.mT * q.size(-1) ** -0.5 + row_bias[:, None] + bias).to(q.dtype)) * mask
+    return F.dropout(att, dropout) @ v
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer=0):
         super().__init__()
-        self.n_head, self.dropout, self.is_sparse = config.n_head, config.dropout, config.use_block_sparse
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.is_sparse = config.use_block_sparse or config.use_knot_attention
+        self.activation, self.bias_mode = config.mixer(layer), config.sigmoid_bias_mode
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.cells = Cells(config, layer) if config.has_anchors else None
+        self.cells = Cells(config, layer) if config.has_cells else None
+        self.knots = KnotGate(config, self.cells) if config.use_knot_attention else None
         self.ferope = FeRoPE(config) if config.use_ferope else None
         self.is_anchored = config.ferope_anchor_relative
+        self.block_size = config.block_size
+        if self.activation == "sigmoid" and self.bias_mode == "learned":
+            self.sigmoid_bias = nn.Parameter(torch.tensor(-math.log(config.block_size)))
         self.activity = torch.zeros(()) if config.htm_meta_strength else None  # how active each head was, by token
 
     def forward(self, x, state=None):
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))  # (B,nh,T,hs)
         past = 0 if state is None else state.pos
+        now = torch.arange(past, past + T, device=x.device)
         if self.ferope is not None:
-            place = torch.arange(past, past + T, device=x.device)
-            q, k = self.ferope(q, k, self.cells.offset[past : past + T] if self.is_anchored else place)
+            q, k = self.ferope(q, k, self.cells.offset[past : past + T] if self.is_anchored else now)
+        knots = self.knots(x, state) if self.knots is not None else None
         if state is not None:
             keys, values, place = self.remember(state, k, v)
-        y = self.attend(q, k, v) if past == 0 else self.attend_to_memory(q, keys, values, place, past)
-        if state is not None and self.is_sparse:
+        y = self.attend(q, k, v, now, knots) if past == 0 else self.attend_to_memory(q, keys, values, now, place, knots)
+        if state is not None and self.is_sparse and knots is None:
             self.forget(state.of(self), past + T)
         if self.activity is not None and self.training:
             self.activity = y.detach().float().norm(dim=-1).transpose(1, 2)  # (B, T, nh)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
-    def attend(self, q, k, v):
-        if self.is_sparse:
-            return block_sparse_attention(q, k, v, self.cells.route.first(q.size(2)))
-        return causal_attention(q, k, v, self.dropout if self.training else 0.0)
+    def row_bias(self, now):
+        """What a sigmoid layer adds to the scores of the queries at positions now (T,): (T,) float32; softmax: None."""
+        if self.activation == "softmax":
+            return None
+        if self.bias_mode in ("zero", "learned"):
+            return (
+                self.sigmoid_bias.expand(len(now)) if self.bias_mode == "learned" else now.new_zeros(len(now)).float()
+            )
+        if self.bias_mode == "neg_log_i":
+            return -(self.cells.keys[now] if self.is_sparse else now + 1).float().log()
+        most = self.cells.keys.max() if self.is_sparse else torch.full((), self.block_size, device=now.device)
+        if self.knots is not None:
+            most = most + self.knots.k * self.cells.cell.bincount().max()
+        return -most.float().log().expand(len(now))
 
-    def attend_to_memory(self, q, k, v, place, past):
-        """New queries (B, nh, T, hs) from position `past` on, over the n keys kept, at positions place (n,)."""
-        if q.size(2) == 1 and not self.is_sparse:
-            return F.scaled_dot_product_attention(q, k, v)
-        now = torch.arange(past, past + q.size(2), device=q.device)
-        mask = place[None, :] <= now[:, None]  # (T, n)
+    def attend(self, q, k, v, now, knots):
+        """Queries, keys and values (B, nh, T, hs) of one text from its start on: (B, nh, T, hs)."""
+        row_bias, dropout = self.row_bias(now), self.dropout if self.training else 0.0
         if self.is_sparse:
+            route, bias = self.cells.route.first(q.size(2)), None
+            if knots is not None:
+                _, allowed, bias = knots
+                route = Route(route.starts, allowed)
+            return block_sparse_attention(q, k, v, route, activation=self.activation, bias=bias, row_bias=row_bias)
+        if self.activation == "softmax":
+            return causal_attention(q, k, v, dropout)
+        return sigmoid_attention(q, k, v, row_bias, now[None, :] <= now[:, None], dropout=dropout)
+
+    def attend_to_memory(self, q, k, v, now, place, knots):
+        """New queries (B, nh, T, hs), at positions now (T,), over the n keys kept, at positions place (n,)."""
+        if q.size(2) == 1 and not self.is_sparse and self.activation == "softmax":
+            return F.scaled_dot_product_attention(q, k, v)
+        mask, bias = place[None, :] <= now[:, None], 0.0  # (T, n)
+        if knots is not None:
+            k, v, mask, bias = self.tied_keys(k, v, mask, now, place, *knots)
+        elif self.is_sparse:
             cell = self.cells.cell
-            mask &= self.cells.allowed[cell[now][:, None], cell[place][None, :]]
+            mask = mask & self.cells.allowed[cell[now][:, None], cell[place][None, :]]
+        if self.activation == "sigmoid":
+            return sigmoid_attention(q, k, v, self.row_bias(now), mask, bias)
+        if knots is not None:
+            mask = torch.where(mask, bias, -math.inf).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def tied_keys(self, k, v, mask, now, place, first, allowed, bias):
+        """(k, v, mask, bias) of what knots allow. A single query reads only its cells' keys, whatever n is."""
+        cell = self.cells.cell
+        if len(now) > 1:
+            rows, columns = cell[now][:, None] - first, cell[place][None, :]
+            return k, v, mask & allowed[:, :, rows, columns], bias[:, :, rows, columns]
+        starts = torch.tensor(self.cells.starts, device=k.device)
+        most = int(allowed.sum(-1).max())
+        chosen, index = allowed[:, :, 0].to(torch.uint8).topk(most)  # (B, nh, cells that the fullest head has)
+        within = torch.arange(int(starts.diff().max()), device=k.device)
+        position = starts[index][..., None] + within  # (B, nh, cells, tokens)
+        real = (position < starts[index + 1][..., None]) & (position <= now) & chosen.bool()[..., None]
+        bias = bias[:, :, 0].gather(2, index)[..., None].expand(position.shape)
+        position = position.flatten(2).clamp(max=k.size(2) - 1)[..., None].expand(-1, -1, -1, k.size(3))
+        return k.gather(2, position), v.gather(2, position), real.flatten(2)[:, :, None], bias.flatten(2)[:, :, None]
 
     def remember(self, state, k, v):
         """Add new keys and values to the layer's memory: all of them now, (B, nh, n, hs), and their positions (n,)."""
@@ -426,8 +736,248 @@ class CausalSelfAttention(nn.Module):
 
     def flops_per_token(self, T):
         """Forward FLOPs besides the linear layers: scores and mixing over the keys that a token sees on average."""
-        keys = (T + 1) / 2 if not self.is_sparse else self.cells.route.first(T).keys_per_query().float().mean().item()
+        keys = (T + 1) / 2 if not self.is_sparse else self.cells.keys[:T].float().mean().item()
+        if self.knots is not None:  # at most
+            keys = min((T + 1) / 2, keys + self.knots.k * T / len(self.cells.route.first(T).starts))
         return 4 * self.c_proj.in_features * keys
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Partitions: split numbers into k groups of nearly equal sums by the largest differencing method.
+#   The two partial partitions with the largest spread become one, the largest sum of either joined to the smallest of
+#   the other, and so on, until one is left. Exact: float64 values are integers over a common power of two.
+# Cost: O(n k log n) in Python. Source: Karmarkar & Karp 1982; k ways as in Michiels et al. 2003.
+
+
+def karmarkar_karp(values, k):
+    """The group, 0 .. k - 1, of each value: a list of ints. Group 0 has the largest sum.
+
+    values: a flat list, array or tensor of ints or finite floats; k >= 1. ValueError otherwise.
+    """
+    values = values.tolist() if hasattr(values, "tolist") else list(values)
+    if k < 1:
+        raise ValueError(f"k={k}: must be at least 1")
+    if not all(isinstance(v, int) or (isinstance(v, float) and math.isfinite(v)) for v in values):
+        raise ValueError("values must be a flat list of finite numbers")
+    ratios = [v.as_integer_ratio() for v in values]
+    unit = max((d for _, d in ratios), default=1)  # denominators are powers of two
+
+    def partial(parts):
+        """[(sum, members)], largest first, as an entry of the heap: the largest spread comes out first."""
+        parts.sort(key=lambda part: -part[0])
+        return parts[0][0] - parts[-1][0], parts
+
+    heap = []
+    for i, (p, d) in enumerate(ratios):
+        spread, parts = partial([(p * (unit // d), [i])] + [(0, [])] * (k - 1))
+        heap.append((-spread, i, parts))
+    heapq.heapify(heap)
+    for i in range(len(values), 2 * len(values) - 1):
+        (_, _, a), (_, _, b) = heapq.heappop(heap), heapq.heappop(heap)
+        spread, parts = partial([(s + t, m + n) for (s, m), (t, n) in zip(a, reversed(b))])
+        heapq.heappush(heap, (-spread, i, parts))
+    group = [0] * len(values)
+    for g, (_, members) in enumerate(heap[0][2] if heap else ()):
+        for i in members:
+            group[i] = g
+    return group
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FitzHugh-Nagumo dynamics: excitable sites on a line, each coupled to the one before it.
+#   dv_t/dtau = g_t D (v_{t-1} - v_t) + v_t - v_t^3 / 3 - w_t + I_t,  dw_t/dtau = eps (v_t + a - b w_t)
+# IMEX step: r = v + dt (v - v^3 / 3 - w + I); (1 + Lambda_t) v'_t - Lambda_t v'_{t-1} = r_t, Lambda = dt g D, a gated
+# scan along the line; w' = (w + dt eps (v' + a)) / (1 + dt eps b). Explicit step: everything at the old values.
+# Sources: FitzHugh 1961; Nagumo, Arimoto & Yoshizawa 1962.
+
+
+@dataclass
+class FHNDynamics:
+    """The equations and their two solvers. a, b, eps: numbers, or tensors that broadcast to (B, T, C).
+
+    `threshold` puts Nagumo's cubic v (1 - v) (v - threshold), without recovery, in place of the reaction.
+    """
+
+    a: float = FHN["a"]
+    b: float = FHN["b"]
+    eps: float = FHN["eps"]
+    threshold: float | None = None
+
+    def rest(self, I=0.0):
+        """The equilibrium (v, w) under a constant stimulus I, for numbers a, b with b < 1, where there is only one."""
+        low, high = -10.0 - abs(I), 10.0 + abs(I)
+        while high - low > 1e-15 * max(1.0, abs(low)) and low < (v := (low + high) / 2) < high:
+            low, high = (low, v) if v - v**3 / 3 - (v + self.a) / self.b + I < 0 else (v, high)
+        return v, (v + self.a) / self.b
+
+    def jacobian(self, v):
+        """d(dv/dtau, dw/dtau) / d(v, w) at an uncoupled site: (2, 2) float64."""
+        return torch.tensor([[1 - v * v, -1.0], [self.eps, -self.eps * self.b]], dtype=torch.float64)
+
+    def reaction(self, v, w):
+        """dv/dtau of an uncoupled site without stimulus."""
+        if self.threshold is not None:
+            return v * (1 - v) * (v - self.threshold)
+        return v - v**3 / 3 - w
+
+    def step(self, v, w, I, dt, coupling=0.0, before=None, imex=True, two_way=False):
+        """(v, w) after dt. v, w (B, T, C); I and coupling, g D, broadcast; before (B, C): v left of the first site.
+
+        imex: the coupling is implicit, stable for every dt. Otherwise Lambda = dt coupling is cut at 1 and a step
+        carries no further than the next site. two_way (explicit only) couples to the right as well, with no flux at the
+        ends. Without `before` what lies on the left is at rest. ValueError for two_way with imex.
+        """
+        if imex and two_way:
+            raise ValueError("two_way is for the explicit scheme: the implicit one solves along one direction")
+        before = torch.full_like(v[:, 0], REST_V) if before is None else before
+        push = v + dt * (self.reaction(v, w) + I)
+        strength = torch.as_tensor(dt * coupling, dtype=v.dtype, device=v.device).expand_as(v)
+        if imex:
+            A = strength / (1 + strength)
+            new = gated_scan(A, (1 - A) * push, before)
+            recovery = (w + dt * self.eps * (new + self.a)) / (1 + dt * self.eps * self.b)
+            return new, recovery
+        left = torch.cat((before[:, None], v[:, :-1]), 1) - v
+        right = torch.cat((v[:, 1:], v[:, -1:]), 1) - v if two_way else 0.0
+        return push + strength.clamp(max=1) * (left + right), w + dt * self.eps * (v + self.a - self.b * w)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token mixer: FitzHugh-Nagumo waves. Channels are excitable lines, tokens their sites, all at rest before a layer acts.
+#   g_t = sigmoid(s q_t k_{t-1} + k_t + bias) lets the past through, I_t = I_max tanh(amplitude v_t / I_max) stimulates,
+#   fhn_steps IMEX steps later y_t = (v_t - rest) silu(q_t); x (B, T, C) -> (B, T, C), everything elementwise
+# O(T C) in training; in decoding a state of (fhn_steps + 1) C numbers, whatever the position. I_max keeps the explicit
+# cubic stable: |v| <= 2 sqrt((1 + dt) / dt) is invariant as long as |I| + |w| stays below `fhn_bound`.
+# The linear limit, y = silu(q) times one gated scan of amplitude v, is a gated linear recurrence (cf. Qin et al. 2023).
+
+
+def fhn_bound(dt):
+    """(largest |v|, largest |I| + |w|) for which a step of length dt keeps |v| where it is. dt < 2."""
+    return 2 * math.sqrt((1 + dt) / dt), 2 / 3 * (2 - dt) / dt * math.sqrt((1 + dt) / dt)
+
+
+def fhn_eps_limit(dt, steps, a=FHN["a"]):
+    """The eps up to which |w| <= |w_rest| + steps dt eps (|v| + |a|) leaves 2 % of the bound to the stimulus."""
+    v, force = fhn_bound(dt)
+    return (0.98 * force + REST_W) / (steps * dt * (v + abs(a)))
+
+
+class SpectralPartitioner(nn.Module):
+    """Channels in groups of balanced stimulus. Counts in forward; groups and gains move once in 100 optimiser steps."""
+
+    def __init__(self, features, groups):
+        super().__init__()
+        self.groups = groups
+        self.register_buffer("level", torch.ones(features))  # running mean of |stimulus|
+        self.register_buffer("group", torch.arange(features) % groups)
+        self.register_buffer("gain", torch.ones(features))  # common level / the group's
+        self.register_buffer("counted", torch.zeros(features + 1))  # sums of |stimulus|, and how many
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def forward(self, stimulus):
+        """stimulus (B, T, C), each group at the common level."""
+        if self.training:
+            with torch.no_grad():
+                seen = stimulus.detach().float().abs().flatten(0, 1)
+                self.counted += torch.cat((seen.sum(0), seen.new_tensor([float(len(seen))])))
+        return stimulus * self.gain
+
+    @torch.no_grad()
+    def before_step(self):
+        """Take in what all processes counted since the last optimiser step."""
+        all_reduce(self.counted)
+        level = self.counted[:-1] / self.counted[-1].clamp(min=1)
+        self.level.copy_(level if self.step == 0 else torch.lerp(self.level, level, 0.01))
+        self.counted.zero_()
+        if self.step % 100 == 0:
+            self.group.copy_(torch.tensor(karmarkar_karp(self.level.double().tolist(), self.groups)))
+            members = F.one_hot(self.group, self.groups).float()  # (C, groups)
+            mean = (self.level @ members) / members.sum(0).clamp(min=1)
+            self.gain.copy_((self.level.mean() / mean.clamp(min=1e-6))[self.group].clamp(0.1, 10.0))
+        self.step += 1
+
+
+class FHNMedium(nn.Module):
+    """C excitable lines: a stimulus and what sets its conductance in, the deviation from rest out, all (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.dt, self.steps, self.is_imex = config.fhn_dt, config.fhn_steps, config.use_fhn_imex
+        self.is_linear = config.fhn_dynamics == "linear"
+        self.gate_scale = nn.Parameter(torch.ones(C))
+        self.gate_bias = nn.Parameter(torch.zeros(C))
+        self.amplitude = nn.Parameter(torch.full((C,), FHN["amplitude"]))
+        reach = torch.logspace(0, 1, C, base=config.block_size) * 2  # tokens: 1 + Lambda is what A averages over
+        self.log_lambda = nn.Parameter(reach.log())  # dt D, the Lambda of an open gate
+        if not self.is_linear:
+            self.a = nn.Parameter(torch.full((C,), FHN["a"]))
+            self.log_b = nn.Parameter(torch.full((C,), math.log(FHN["b"])))
+            self.log_eps = nn.Parameter(torch.full((C,), math.log(FHN["eps"])))
+        self.partitioner = SpectralPartitioner(C, config.fhn_partitions) if config.use_fhn_partitioning else None
+
+    def forward(self, stimulus, q, k, state=None):
+        store = {} if state is None else state.of(self)
+        before = store.get("k", k.new_zeros(k.size(0), 1, k.size(2)))
+        k_before = torch.cat((before, k[:, :-1]), 1)
+        gate = torch.sigmoid(torch.addcmul(k + self.gate_bias, q * self.gate_scale, k_before))
+        stimulus = self.amplitude * stimulus
+        if self.partitioner is not None:
+            stimulus = self.partitioner(stimulus)
+        y, field = self.propagate(stimulus, gate, store.get("field"))
+        if state is not None:
+            store["k"], store["field"] = k[:, -1:].clone(), field
+        return y
+
+    def propagate(self, stimulus, gate, field):
+        """(deviation (B, T, C), field: what the next token needs of this one)."""
+        if self.is_linear:
+            strength = gate * self.log_lambda.exp()
+            A = strength / (1 + strength)
+            y = gated_scan(A, (1 - A) * stimulus, field)
+            return y, y[:, -1]
+        b, (v_max, force) = self.log_b.exp(), fhn_bound(self.dt)
+        limit = (0.98 * force + REST_W) / (self.steps * self.dt * (v_max + self.a.abs()))
+        eps = torch.minimum(self.log_eps.exp(), limit)
+        w_max = -REST_W + self.steps * self.dt * eps * (v_max + self.a.abs()) / (1 + self.dt * eps * b)
+        I_max = force - w_max  # (C,)
+        stimulus = I_max * torch.tanh(stimulus / I_max)
+        D = self.log_lambda.exp() / self.dt
+        if self.is_imex:
+            return fhn_propagate(stimulus, gate, D, self.a, b, eps, self.dt, self.steps, field)
+        dynamics, v, w = (
+            FHNDynamics(self.a, b, eps),
+            torch.full_like(stimulus, REST_V),
+            torch.full_like(stimulus, REST_W),
+        )
+        last = []  # of the last token after each step but the final one: what the next token's steps look at
+        for step in range(self.steps):
+            before = None if field is None or step == 0 else field[:, step - 1]
+            v, w = dynamics.step(v, w, stimulus, self.dt, gate * D, before, imex=False)
+            last.append(v[:, -1])
+        return v - REST_V, torch.stack(last, 1)
+
+    def flops_per_token(self, T):
+        """Forward FLOPs: a dozen for gate and stimulus, and in each step 3 for the scan and 11 for the reaction."""
+        return self.gate_bias.numel() * (12 + (3 if self.is_linear else 14 * self.steps))
+
+
+class FHNAttention(nn.Module):
+    def __init__(self, config, layer=0):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.medium = FHNMedium(config)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.activity = torch.zeros(()) if config.htm_meta_strength else None  # how active each head was, by token
+
+    def forward(self, x, state=None):
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
+        y = self.medium(v, q, k, state) * F.silu(q)
+        if self.activity is not None and self.training:
+            self.activity = y.detach().float().unflatten(-1, (self.n_head, -1)).norm(dim=-1)  # (B, T, nh)
+        return self.resid_dropout(self.c_proj(y))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,8 +1058,7 @@ class ColumnMeta(nn.Module):
     @torch.no_grad()
     def apply_counts(self):
         """Move the running means by what all processes counted since the last step."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.counted)
+        all_reduce(self.counted)
         fresh = self.counted[0] / self.counted[1].clamp(min=1e-12)
         fresh = torch.where(self.counted[1] > 0, fresh, torch.cat((self.success, self.mean_loss[None])))
         self.success.lerp_(fresh[:-1], 1 - self.decay)
@@ -569,8 +1118,11 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config, layer)
-        self.feedback = RegionFeedback(config, self.attn.cells) if config.use_region_feedback else None
+        has_waves = config.mixer(layer) == "fhn"
+        self.attn = (FHNAttention if has_waves else CausalSelfAttention)(config, layer)
+        self.feedback = None
+        if config.use_region_feedback:
+            self.feedback = RegionFeedback(config, Cells(config, layer) if has_waves else self.attn.cells)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
@@ -613,7 +1165,7 @@ class GPT(nn.Module):
     @property
     def max_positions(self):
         """How many tokens the model can place: block_size, or None where nothing is laid out for so many."""
-        placed = self.config.pos_embedding == "learned" or self.config.has_anchors
+        placed = self.config.pos_embedding == "learned" or self.config.has_cells
         return self.config.block_size if placed else None
 
     def forward(self, idx, targets=None, state=None):
@@ -717,6 +1269,8 @@ class GPT(nn.Module):
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
         if self.htm is not None:
             self.htm.attach(optimizer, self.transformer.h)
+        for m in (m for m in self.modules() if hasattr(m, "before_step")):  # what was counted is applied once a step
+            optimizer.register_step_pre_hook(lambda *_, apply=m.before_step: apply())
         return optimizer
 
     def crop_block_size(self, block_size):

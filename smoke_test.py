@@ -20,6 +20,7 @@ from model import GPT, DecodingState, GPTConfig
 from train import pick_device
 
 CELLS = {"anchor_min_gap": 5, "anchor_jitter": 3}  # cells that suit a block of 32
+KNOTS = {"knot_block": 6, "knot_vertices": 6, "knot_threshold": 1.0, "knot_k": 2}  # and knots that suit such cells
 
 # Every variant, by the flags that switch it on. tests/test_contracts.py runs all contracts over this table: a new flag
 # is a new row here.
@@ -36,6 +37,27 @@ VARIANTS = {
     "block_sparse_0_rings": {"use_block_sparse": True, "neighbor_rings": 0, "share_region_router": False, **CELLS},
     "region_edges": {"use_block_sparse": True, "region_size": 2, "region_edges": 2, "neighbor_rings": 0, **CELLS},
     "region_feedback": {"use_region_feedback": True, "region_size": 2, "feedback_hops": 2, **CELLS},
+    "sigmoid": {"attn_mode": "sigmoid"},
+    "sigmoid_learned": {"attn_mode": "sigmoid", "sigmoid_bias_mode": "learned", "use_block_sparse": True, **CELLS},
+    "sigmoid_neg_log_i": {"attn_mode": "sigmoid", "sigmoid_bias_mode": "neg_log_i", "use_block_sparse": True, **CELLS},
+    "sigmoid_zero": {"attn_mode": "sigmoid", "sigmoid_bias_mode": "zero"},
+    "knots": {"use_knot_attention": True, **KNOTS},
+    "knots_learned": {"use_knot_attention": True, "knot_learned_threshold": True, **KNOTS},
+    "knots_and_rings": {
+        "use_knot_attention": True,
+        "use_block_sparse": True,
+        "use_ferope": True,
+        "attn_mode": "sigmoid",
+        "knot_k": 1,
+        "knot_threshold": 1.0,
+        **CELLS,
+    },
+    "fhn": {"attn_mode": "fhn", "pos_embedding": "none"},
+    "fhn_4_steps": {"attn_mode": "fhn", "fhn_steps": 4, "fhn_dt": 0.25},
+    "fhn_explicit": {"attn_mode": "fhn", "use_fhn_imex": False},
+    "fhn_linear": {"attn_mode": "fhn", "fhn_dynamics": "linear"},
+    "fhn_partitioned": {"attn_mode": "fhn", "use_fhn_partitioning": True, "fhn_partitions": 3},
+    "fhn_and_softmax": {"attn_pattern": "fhn,softmax", "htm_meta_strength": 0.2},
     "htm_lr": {"htm_meta_strength": 0.5, "htm_meta_decay": 0.5},
     "htm_momentum": {"htm_meta_strength": 0.5, "htm_meta_target": "momentum"},
     "geometric": {

@@ -1,0 +1,195 @@
+"""
+Linking numbers and Gauss integrals of many pairs of polygons in space.
+
+The Gauss integral of two curves is the signed area that the directions b(t) - a(s) sweep on the unit sphere, over 4 pi:
+an integer for closed curves, the linking number, and a real number for open ones. Two straight segments sweep the image
+of a parallelogram, two triangles of corners d, e, f with solid angle 2 atan2(V, D), V = det(d, e, f) and
+D = |d||e||f| + (d e)|f| + (e f)|d| + (f d)|e|. Both have the same V and together less than 2 pi, so one atan2, of the
+product (D1 + iV)(D2 + iV), gives their sum.
+
+Three things make it cheap. By Stokes, the area's derivative lives on its border: 4 (n - 1) arcs instead of (n - 1)^2
+quadrilaterals. The linking numbers of all strands with all strands need no area at all: in a projection they are half
+the sum of the crossings' signs, and which side of a line a point lies on, and which of two lines passes in front, are
+matrix products in float64. And where the closed curves' linking number is known, the open ones' integral is that
+less the part of the closing chords, 2 n - 1 quadrilaterals.
+"""
+
+import math
+
+import torch
+
+CHUNK = 1 << 18  # pairs of segments of strand_links at a time: 2 MiB a matrix, so that they stay in the cache
+SHARPEST = 1e-4  # of the gradient: 1 + cos of the angle that an arc spans is taken to be at least this,
+NEAREST = 1e-3  # and a distance at least this part of the pair's mean distance
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gauss integrals by solid angles. Inside, pairs of curves come last, (3, n, N), so that slices are contiguous.
+
+
+def dot(p, q):
+    return torch.addcmul(torch.addcmul(p[0] * q[0], p[1], q[1]), p[2], q[2])
+
+
+def cross(p, q):
+    return torch.stack((p[1] * q[2] - p[2] * q[1], p[2] * q[0] - p[0] * q[2], p[0] * q[1] - p[1] * q[0]))
+
+
+def half_angles(a, b):
+    """Half the solid angle of each pair of segments of chains a (3, n, N), b (3, m, N): (n - 1, m - 1, N).
+
+    Segments that lie in one plane, up to rounding, have 0: so do those that meet.
+    """
+    d = b[:, None] - a[:, :, None]  # (3, n, m, N)
+    r = dot(d, d).sqrt()
+    down, right = dot(d[:, :-1], d[:, 1:]), dot(d[:, :, :-1], d[:, :, 1:])  # of neighbours along a, along b
+    diagonal = dot(d[:, :-1, :-1], d[:, 1:, 1:])
+    ea, eb = a.diff(dim=1), b.diff(dim=1)
+    ma, mb = cross(a[:, :-1], ea), cross(b[:, :-1], eb)  # moments: V needs no cross product for each pair
+    V = dot(ea[:, :, None], mb[:, None]) + dot(ma[:, :, None], eb[:, None])
+    r00, r10, r01, r11 = r[:-1, :-1], r[1:, :-1], r[:-1, 1:], r[1:, 1:]
+    D1 = torch.addcmul(torch.addcmul(diagonal * r10, right[1:], r00), torch.addcmul(down[:, :-1], r00, r10), r11)
+    D2 = torch.addcmul(torch.addcmul(diagonal * r01, down[:, 1:], r00), torch.addcmul(right[:-1], r00, r01), r11)
+    angle = torch.atan2(V * (D1 + D2), torch.addcmul(D1 * D2, V, V, value=-1))
+    rounding = 16 * torch.finfo(a.dtype).eps * dot(ea, ea).sqrt()[:, None] * dot(eb, eb).sqrt()
+    return angle * (V.abs() > rounding)
+
+
+def side_by_side(a, b):
+    """a (..., n, 3), b (..., m, 3) as (3, n, N) and (3, m, N), the unit of each pair's lengths, the batch's shape.
+
+    In float32 or better. Each pair is measured from a's first vertex, in units of its largest coordinate: products of
+    six lengths would leave float32's range at 1e-6 and 1e6.
+    """
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = (x.to(dtype) for x in (a, b))
+    a, b = a - a[..., :1, :], b - a[..., :1, :]
+    a, b = (x.expand(*batch, -1, -1).reshape(-1, *x.shape[-2:]).permute(2, 1, 0).contiguous() for x in (a, b))
+    unit = torch.maximum(a.abs().amax((0, 1)), b.abs().amax((0, 1)))
+    unit = unit + (unit == 0)
+    return a / unit, b / unit, unit, batch
+
+
+class GaussIntegral(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, links):
+        ctx.save_for_backward(a, b)
+        p, q, _, batch = side_by_side(a, b)
+        if links is None:
+            return (half_angles(p, q).sum((0, 1)) / (2 * math.pi)).reshape(batch)
+        chord_p, chord_q = p[:, [-1, 0]], q[:, [-1, 0]]
+        chords = half_angles(chord_p, torch.cat((q, q[:, :1]), 1)).sum((0, 1)) + half_angles(p, chord_q).sum((0, 1))
+        return links.to(p.dtype) - (chords / (2 * math.pi)).reshape(batch)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """When the arc d to e on the border moves, the area grows by (e x d)(dd / |d| + de / |e|) / (|d||e| + d e)."""
+        a, b = ctx.saved_tensors
+        p, q, unit, batch = side_by_side(a, b)
+        i, j = border(a.size(-2), b.size(-2), a.device)
+        d = q[:, j] - p[:, i]  # (3, arcs, N)
+        r = dot(d, d).sqrt()
+        r = torch.maximum(r, (NEAREST * r.mean(0)).clamp(min=torch.finfo(r.dtype).eps))
+        e, lengths = d.roll(-1, 1), r * r.roll(-1, 0)
+        arc = cross(e, d) / torch.maximum(lengths + dot(d, e), SHARPEST * lengths)
+        push = (arc + arc.roll(1, 1)) * (grad.reshape(-1) / (4 * math.pi * unit) / r)
+        grads = []
+        for x, like, index, sign in ((a, p, i, -1), (b, q, j, 1)):
+            g = torch.zeros_like(like).index_add(1, index, push, alpha=sign)
+            grads.append(g.permute(2, 1, 0).reshape(*batch, *x.shape[-2:]).sum_to_size(x.shape).to(x.dtype))
+        return *grads, None
+
+
+def border(n, m, device):
+    """The vertices of a and of b, in order, around the border of all pairs (n, m): 2 (n - 1) + 2 (m - 1) of each."""
+    i, j = torch.arange(n, device=device), torch.arange(m, device=device)
+    along_a, along_b = torch.zeros_like(i[1:]), torch.zeros_like(j[1:])
+    around_a = torch.cat((i[:-1], along_b + (n - 1), i[1:].flip(0), along_b))
+    around_b = torch.cat((along_a, j[:-1], along_a + (m - 1), j[1:].flip(0)))
+    return around_a, around_b
+
+
+def gauss_linking_integrals(a, b, links=None):
+    """Gauss integrals of open chains a (..., n, 3) and b (..., m, 3), broadcast: (...), in float32 or better.
+
+    links, if they are known: the linking numbers of the same curves, closed (...); the same result for less work.
+    Differentiable. Gradients are finite everywhere: capped where the end of one chain comes close to the other chain.
+    Where the chains pass through each other the value jumps by 1, and the gradient is that of either side.
+    """
+    return GaussIntegral.apply(a, b, links)
+
+
+@torch.no_grad()
+def linking_numbers(a, b):
+    """Linking numbers of closed polygons a (..., n, 3) and b (..., m, 3), broadcast: (...) int64, by float64.
+
+    The closing edge is added.
+    """
+    p, q, _, batch = side_by_side(*(torch.cat((x, x[..., :1, :]), -2).double() for x in (a, b)))
+    return (half_angles(p, q).sum((0, 1)) / (2 * math.pi)).round().long().reshape(batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linking numbers of all strands with all strands, by signed crossings. Inside, vertex i of strand c is row i C + c.
+
+# A rotation under which nothing that a person writes down lines up.
+VIEW = (
+    (-0.3526948830889485, -0.9138952049797814, -0.20100217351520328),
+    (0.6005878869772093, -0.056364288167503496, -0.7975695938509825),
+    (0.7175656830277792, -0.4020181853278949, 0.5687537861030403),
+)
+
+
+def lines(strands):
+    """Of the segments of closed strands (N, C, n, 3), rows (N, n C, .): first vertex, line in a picture and in space.
+
+    A picture is a projection along one axis: a vertex (x, y, 1) lies left of a line (u, v, w) iff u x + v y + w > 0. A
+    line in space is (e, p x e), unit direction and moment; with (q x f, f) of another its product is -det(q - p, e, f),
+    how far the lines pass each other by the sine of their angle. Last comes what of that may be rounding.
+    """
+    view = torch.tensor(VIEW, dtype=torch.float64, device=strands.device)
+    p = (strands.double() @ view).transpose(1, 2)  # (N, n, C, 3)
+    size = 16 * torch.finfo(torch.promote_types(strands.dtype, torch.float32)).eps * p.abs().amax((1, 3), keepdim=True)
+    size, p = size.expand(*p.shape[:3], 1).flatten(1, 2), p.flatten(1, 2)
+    e = p.roll(-strands.size(1), 1) - p
+    e = e / e.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(e.dtype).tiny)
+    moment, one = torch.linalg.cross(p, e), torch.ones_like(size)
+    flat = torch.stack((-e[..., 1], e[..., 0], moment[..., 2]), -1)
+    above, below = torch.cat((e, moment, -size, -one), -1), torch.cat((e, moment, size, one), -1)
+    return torch.cat((p[..., :2], one), -1), flat, above, below, torch.cat((moment, e, one, size), -1)
+
+
+def changes_side(line, vertex, C):
+    """Whether each line of a picture separates the ends of each segment of C strands: (N, lines, n C) bool."""
+    left = (line @ vertex.mT > 0).unflatten(2, (-1, C))
+    return (left ^ left.roll(-1, 2)).flatten(2)
+
+
+def half_crossings(a, b, C, D, n):
+    """Linking numbers of C strands with D others, from their `lines`: (N, C, D) float32, integers."""
+    changes = changes_side(a[1], b[0], D)
+    crossed = changes & (changes if a is b else changes_side(b[1], a[0], C)).mT  # (N, n C, n D)
+    positive, negative = crossed & (a[2] @ b[4].mT > 0), crossed & (a[3] @ b[4].mT < 0)
+    signs = positive.view(torch.int8) - negative.view(torch.int8)
+    return (signs.view(-1, n, C, n, D).sum(1, dtype=torch.int8).sum(2, dtype=torch.float32) / 2).round()
+
+
+@torch.no_grad()
+def strand_links(strands, others=None):
+    """Linking numbers of closed strands (B, H, C, n, 3) with others (B, H, D, n, 3): (B, H, C, D) float32.
+
+    Without `others`, of all strands with each other; the diagonal is 0. Segments that meet count as not crossing, where
+    to meet is to come as near as the rounding of their coordinates: equal tokens do make equal vertices. n <= 127.
+    """
+    B, H, C, n, _ = strands.shape
+    D = C if others is None else others.size(2)
+    here = lines(strands.flatten(0, 1))
+    there = here if others is None else lines(others.flatten(0, 1))
+    N = max(1, CHUNK // max(1, C * n * D * n))
+    links = []
+    for s in range(0, B * H, N):
+        a = tuple(x[s : s + N] for x in here)
+        b = a if others is None else tuple(x[s : s + N] for x in there)
+        links.append(half_crossings(a, b, C, D, n))
+    links = torch.cat(links).unflatten(0, (B, H))
+    return links if others is not None else links * (1 - torch.eye(C, device=links.device))
