@@ -29,13 +29,14 @@ from kernels.block_sparse import Route, block_sparse_attention
 from kernels.fhn import REST_V, REST_W, fhn_propagate
 from kernels.knots import gauss_linking_integrals, linking_numbers, strand_links
 from kernels.scan import gated_scan
+from kernels.wavekan import WAVELETS, wavelet_bank, wavelet_edges
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: the single source of every model flag. configurator.py reads names, types, defaults and comments here.
 
 
 HTM_GROUP = 64  # hidden units of an MLP that make one column
-MIXERS = ("softmax", "sigmoid", "fhn")
+MIXERS = ("softmax", "sigmoid", "fhn", "kaufmann")
 FHN = {"a": 0.7, "b": 0.8, "eps": 0.08, "amplitude": 4.0}  # FitzHugh's own; the amplitude is ours (docs/log.md)
 
 
@@ -56,8 +57,16 @@ class GPTConfig:
     pos_embedding: str = "learned"  # "learned" (a table of block_size rows) | "none" (only causality tells the order)
     # -- token mixers -------------------------------------------------------------------------------------------------
     attn_mode: str = "softmax"  # "softmax" | "sigmoid" (weights that need not sum to 1) | "fhn" (waves) | "kaufmann"
+    use_kaufmann_attention: bool = False  # the same as attn_mode="kaufmann"
     attn_pattern: str = ""  # mixers that layers take in turn, "fhn,fhn,softmax" say; empty = attn_mode everywhere
     sigmoid_bias_mode: str = "neg_log_n"  # "neg_log_n" (-log block_size) | "neg_log_i" (keys) | "zero" | "learned"
+    # -- channel mixers -----------------------------------------------------------------------------------------------
+    use_swiglu: bool = False  # silu(W1 x) * W3 x for the MLP, with as many parameters
+    use_kan: bool = False  # learned wavelets for the MLP's activation (WaveKAN)
+    kan_wavelet: str = "mex"  # "mex" (Mexican hat) | "dog" (derivative of a Gaussian) | "morlet" (real Morlet)
+    kan_edges: str = "shared"  # "shared" (wavelets a channel, then a matrix) | "edge" (one an edge, as published; slow)
+    kan_bank: int = 2  # of kan_edges="shared": wavelets a channel
+    kan_match_params: bool = True  # hidden width for the MLP's parameters; False = 4 n_embd
     # -- geometric routing --------------------------------------------------------------------------------------------
     use_ferope: bool = False  # rotate queries and keys by their position (RoPE), or by their place in their cell
     ferope_freqs: str = "log"  # radians a token: "log" (rope_base^(-i/m), RoPE) | "gaussian" (N(0, 1/anchor_min_gap))
@@ -132,9 +141,10 @@ class GPTConfig:
         self.refuse_idle(cells, self.has_anchors or is_random, "anchor_min_gap", "anchor_seed")
         self.refuse_idle(cells, self.has_anchors, "anchor_jitter", "share_region_router")
         self.check_mixers()
-        self.refuse_idle("use_knot_attention", self.use_knot_attention, "knot_block", "knot_vertices", "knot_threshold",
+        self.check_channel_mixers()
+        self.refuse_idle("use_knot_attention", self.has_knots(), "knot_block", "knot_vertices", "knot_threshold",
                          "knot_k", "knot_learned_threshold")  # fmt: skip
-        self.refuse_idle("cells of its own: anchors make them", not self.has_anchors, "knot_block")
+        self.refuse_idle("cells of their own (here anchors make them)", not self.has_anchors, "knot_block")
         if not 3 <= self.knot_vertices <= 127 or min(self.knot_block, self.knot_k) < 1 or not self.knot_threshold > 0:
             raise ValueError("knot_vertices must be in [3, 127], knot_block and knot_k >= 1, knot_threshold > 0")
         if self.use_knot_attention and "sigmoid" in self.mixers and self.sigmoid_bias_mode == "neg_log_i":
@@ -148,19 +158,21 @@ class GPTConfig:
 
     def check_mixers(self):
         """The flags of token mixers, which layers share by attn_pattern."""
-        if self.attn_pattern and self.attn_mode != "softmax":
-            raise ValueError(f"attn_pattern and attn_mode={self.attn_mode} both name mixers: leave one of them out")
+        named = [name for name in ("attn_mode", "use_kaufmann_attention", "attn_pattern") if self.differs(name)]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} both name token mixers: keep one of them")
         if unknown := set(self.mixers) - set(MIXERS):
             raise ValueError(f"attn_mode, attn_pattern: no mixer {sorted(unknown)[0]!r}; there are {', '.join(MIXERS)}")
         if len(self.mixers) > self.n_layer:
             raise ValueError(f"attn_pattern names {len(self.mixers)} mixers for n_layer={self.n_layer}: drop some")
-        has_waves = "fhn" in self.mixers
+        has_waves = bool({"fhn", "kaufmann"} & set(self.mixers))
         self.refuse_idle("a sigmoid layer", "sigmoid" in self.mixers, "sigmoid_bias_mode")
-        self.refuse_idle("a softmax or sigmoid layer", set(self.mixers) != {"fhn"}, "use_ferope", "use_block_sparse",
-                         "use_knot_attention")  # fmt: skip
+        self.refuse_idle("a layer of attention", set(self.mixers) != {"fhn"}, "use_ferope", "use_block_sparse")
+        has_choice = bool({"softmax", "sigmoid"} & set(self.mixers))
+        self.refuse_idle("a softmax or sigmoid layer (kaufmann has knots anyway)", has_choice, "use_knot_attention")
         one_of(self, "sigmoid_bias_mode", ("neg_log_n", "neg_log_i", "zero", "learned"))
         one_of(self, "fhn_dynamics", ("fhn", "linear"))
-        self.refuse_idle("an fhn layer", has_waves, "fhn_steps", "fhn_dt", "fhn_dynamics", "use_fhn_imex",
+        self.refuse_idle("an fhn or kaufmann layer", has_waves, "fhn_steps", "fhn_dt", "fhn_dynamics", "use_fhn_imex",
                          "use_fhn_partitioning")  # fmt: skip
         self.refuse_idle("use_fhn_partitioning", self.use_fhn_partitioning, "fhn_partitions")
         self.refuse_idle('fhn_dynamics="fhn"', self.fhn_dynamics == "fhn", "fhn_steps", "fhn_dt", "use_fhn_imex",
@@ -173,16 +185,40 @@ class GPTConfig:
     @property
     def mixers(self):
         """The token mixers that layers take in turn, as a tuple of names."""
-        return tuple(name.strip() for name in (self.attn_pattern or self.attn_mode).split(","))
+        named = "kaufmann" if self.use_kaufmann_attention else self.attn_pattern or self.attn_mode
+        return tuple(name.strip() for name in named.split(","))
 
     def mixer(self, layer):
         return self.mixers[layer % len(self.mixers)]
 
+    def has_knots(self, layer=None):
+        """Whether a layer, or any, chooses its keys by knots."""
+        mixers = self.mixers if layer is None else (self.mixer(layer),)
+        return "kaufmann" in mixers or (self.use_knot_attention and mixers != ("fhn",))
+
+    def check_channel_mixers(self):
+        one_of(self, "kan_wavelet", WAVELETS)
+        one_of(self, "kan_edges", ("shared", "edge"))
+        if self.kan_bank < 1:
+            raise ValueError(f"kan_bank={self.kan_bank}: must be at least 1")
+        mixers = [name for name in ("use_kan", "use_swiglu") if getattr(self, name)]
+        if len(mixers) > 1:
+            raise ValueError(f"{' and '.join(mixers)}: a block has one channel mixer, keep one of them")
+        self.refuse_idle("the plain MLP", not mixers, "mlp_act", "htm_meta_strength")
+        has_wavelets = self.use_kan or "kaufmann" in self.mixers
+        self.refuse_idle("use_kan", has_wavelets, "kan_wavelet", "kan_edges")
+        self.refuse_idle('kan_edges="shared" (and use_kan)', has_wavelets and self.kan_edges == "shared", "kan_bank")
+        self.refuse_idle("use_kan", self.use_kan, "kan_match_params")
+
     def refuse_idle(self, switch, is_on, *names):
         """Refuse flags that were set but do nothing because what they belong to is off."""
         for name in names if not is_on else ():
-            if getattr(self, name) != GPTConfig.__dataclass_fields__[name].default:
+            if self.differs(name):
                 raise ValueError(f"{name}={getattr(self, name)} does nothing without {switch}: set that too")
+
+    def differs(self, name):
+        """Whether a flag is not at its default."""
+        return getattr(self, name) != GPTConfig.__dataclass_fields__[name].default
 
     @property
     def has_anchors(self):
@@ -192,7 +228,7 @@ class GPTConfig:
     @property
     def has_cells(self):
         """Whether positions belong to cells, of which there are only block_size's."""
-        return self.has_anchors or self.use_knot_attention
+        return self.has_anchors or self.has_knots()
 
 
 def one_of(config, name, choices):
@@ -360,7 +396,7 @@ class Cells(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         rings = config.neighbor_rings if config.use_block_sparse else 1
-        rings = max(1, rings) if config.use_knot_attention else rings  # a knot is tied from the cell before
+        rings = max(1, rings) if config.has_knots(layer) else rings  # a knot is tied from the cell before
         self.relation = (rings, config.region_size, config.region_edges)
         self.graph = (
             (config.region_size, config.region_rings, config.feedback_hops) if config.use_region_feedback else None
@@ -623,13 +659,14 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer=0):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.is_sparse = config.use_block_sparse or config.use_knot_attention
-        self.activation, self.bias_mode = config.mixer(layer), config.sigmoid_bias_mode
+        self.is_sparse = config.use_block_sparse or config.has_knots(layer)
+        self.activation = "sigmoid" if config.mixer(layer) == "sigmoid" else "softmax"
+        self.bias_mode = config.sigmoid_bias_mode
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.cells = Cells(config, layer) if config.has_cells else None
-        self.knots = KnotGate(config, self.cells) if config.use_knot_attention else None
+        self.knots = KnotGate(config, self.cells) if config.has_knots(layer) else None
         self.ferope = FeRoPE(config) if config.use_ferope else None
         self.is_anchored = config.ferope_anchor_relative
         self.block_size = config.block_size
@@ -638,8 +675,13 @@ class CausalSelfAttention(nn.Module):
         self.activity = torch.zeros(()) if config.htm_meta_strength else None  # how active each head was, by token
 
     def forward(self, x, state=None):
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
+        return self.resid_dropout(self.c_proj(self.mix(x, q, k, v, state)))
+
+    def mix(self, x, q, k, v, state):
+        """Attention over the values v, by q and k, of which x is the input: all (B, T, C)."""
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))  # (B,nh,T,hs)
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
         past = 0 if state is None else state.pos
         now = torch.arange(past, past + T, device=x.device)
         if self.ferope is not None:
@@ -652,7 +694,7 @@ class CausalSelfAttention(nn.Module):
             self.forget(state.of(self), past + T)
         if self.activity is not None and self.training:
             self.activity = y.detach().float().norm(dim=-1).transpose(1, 2)  # (B, T, nh)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return y.transpose(1, 2).reshape(B, T, C)
 
     def row_bias(self, now):
         """What a sigmoid layer adds to the scores of the queries at positions now (T,): (T,) float32; softmax: None."""
@@ -981,6 +1023,26 @@ class FHNAttention(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Token mixer: Kaufmann attention, Propagate(Topology(q, k) . Landscape(v)). Knot-gated attention over landscape values
+# stimulates an excitable medium, which carries it along the tokens:
+#   I = attention over the knotted cells of WaveKAN(norm(v)), y = (fhn(I; q, k) - rest) silu(q); (B, T, C) -> (B, T, C)
+# Cost: that of knots, waves and one C x C WaveKAN layer. The decomposition is known from public code under this name; the
+# equations are ours.
+
+
+class KaufmannAttention(CausalSelfAttention):
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        self.landscape = wavelet_map(config.n_embd, config.n_embd, config)
+        self.medium = FHNMedium(config)
+
+    def forward(self, x, state=None):
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
+        stimulus = self.mix(x, q, k, self.landscape(F.layer_norm(v, v.shape[-1:])), state)
+        return self.resid_dropout(self.c_proj(self.medium(stimulus, q, k, state) * F.silu(q)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Region feedback: x_t += tanh(gate) proj(sum over c' < c of heard[c, c'] sum_c'), c the cell of t, sum_c' the sum of x
 # over cell c'; the gate starts at 0. Only complete cells are heard, so a token hears nothing of its own cell.
 # O(T C) for the sums and O((T / cell) C^2) for the projection of one vector a cell; decoding keeps one sum a cell.
@@ -1024,6 +1086,107 @@ class MLP(nn.Module):
         if self.activity is not None and self.training:
             self.activity = h.detach().float().abs().unflatten(-1, (-1, HTM_GROUP)).mean(-1)  # (B, T, 4C / 64)
         return self.dropout(self.c_proj(h))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Channel mixer: SwiGLU, y = W2 (silu(W1 x) * W3 x), W1 and W3 as the halves of c_fc; (B, T, C) -> (B, T, C).
+# Hidden width 8C/3, to the nearest multiple of 8: the MLP's parameters and products. Shazeer 2020, arXiv 2002.05202.
+
+
+def matched_hidden(config, unit, fixed=0):
+    """Hidden width, a multiple of 8, with which `fixed` and `unit` a hidden unit are the MLP's parameters."""
+    C = config.n_embd
+    return max(8, 8 * round((8 * C * C + 5 * C * config.bias - fixed) / (8 * unit)))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, bias = config.n_embd, config.bias
+        hidden = matched_hidden(config, 3 * C + 2 * bias, C * bias)
+        self.c_fc = nn.Linear(C, 2 * hidden, bias=bias)
+        self.c_proj = nn.Linear(hidden, C, bias=bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        gate, h = self.c_fc(x).chunk(2, dim=-1)  # (B, T, hidden) each
+        return self.dropout(self.c_proj(F.silu(gate) * h))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Channel mixer: WaveKAN, learned wavelets psi(u), u = (x - t) / s, in place of the activation; (B, T, C) -> (B, T, C).
+#   shared: y = W2 f(norm(W1 x)), f_i(h) = silu(h_i) + sum_k m_ki psi((h_i - t_ki) / s_ki), K = kan_bank wavelets a
+#     hidden unit: the MLP's matrix products, and K exponentials instead of an error function
+#   edge: y_o = sum_i w_oi psi((x_i - t_oi) / s_oi) twice, C -> hidden -> C: the paper's layer, an exponential an edge
+# s = WIDTH_MIN + softplus(.) never reaches 0. The norm is over each token's hidden units: a batch norm, as published,
+# would tell a token of the others. Hot loops: kernels/wavekan.py. Bozorgasl & Chen 2024, arXiv 2405.12832.
+
+WIDTH_MIN = 0.01  # of a wavelet, where channels have unit variance
+
+
+def inverse_softplus(y):
+    return math.log(math.expm1(y))
+
+
+class WaveletMap(nn.Linear):
+    """(..., in) -> (..., out): kan_bank wavelets a channel, then a matrix. m, t, s are flat: vectors do not decay."""
+
+    def __init__(self, in_features, out_features, config):
+        super().__init__(in_features, out_features, bias=config.bias)
+        K, self.kind = config.kan_bank, config.kan_wavelet
+        grid = torch.linspace(-1.5, 1.5, K + 2)[1:-1, None]  # where a channel of unit variance is
+        self.m = nn.Parameter(0.5 * torch.randn(K * in_features))
+        self.t = nn.Parameter((grid + 0.5 * torch.randn(K, in_features)).flatten())
+        self.s = nn.Parameter(torch.full((K * in_features,), inverse_softplus(1 - WIDTH_MIN)))
+
+    def forward(self, x):
+        m, t, s = (p.view(-1, self.in_features) for p in (self.m, self.t, self.s))  # (K, in)
+        a = 1 / (WIDTH_MIN + F.softplus(s))
+        return super().forward(wavelet_bank(x, m, a, -t * a, self.kind))
+
+    def flops_per_token(self, T):
+        return 8 * self.m.numel()
+
+
+class WaveletEdges(nn.Module):
+    """(..., in) -> (..., out): a wavelet on every edge. t and s are flat: vectors do not decay."""
+
+    def __init__(self, in_features, out_features, config):
+        super().__init__()
+        self.kind = config.kan_wavelet
+        self.weight = nn.Parameter(0.02 * torch.randn(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if config.bias else None
+        self.t = nn.Parameter(torch.randn(out_features * in_features))
+        self.s = nn.Parameter(torch.full((out_features * in_features,), inverse_softplus(1 - WIDTH_MIN)))
+
+    def forward(self, x):
+        a = 1 / (WIDTH_MIN + F.softplus(self.s.view_as(self.weight)))
+        y = wavelet_edges(x, self.weight, a, -self.t.view_as(a) * a, self.kind)
+        return y if self.bias is None else y + self.bias
+
+    def flops_per_token(self, T):
+        return 8 * self.weight.numel()
+
+
+def wavelet_map(in_features, out_features, config):
+    """One layer of the form that kan_edges names."""
+    return (WaveletMap if config.kan_edges == "shared" else WaveletEdges)(in_features, out_features, config)
+
+
+class WaveKAN(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, K, bias, hidden = config.n_embd, config.kan_bank, config.bias, 4 * config.n_embd
+        shared = config.kan_edges == "shared"
+        if config.kan_match_params:
+            hidden = matched_hidden(config, (2 * C + 3 * K if shared else 6 * C) + bias, C * bias)
+        self.c_fc = nn.Linear(C, hidden, bias=bias) if shared else wavelet_map(C, hidden, config)
+        self.c_proj = wavelet_map(hidden, C, config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        h = self.c_fc(x)  # (B, T, hidden)
+        return self.dropout(self.c_proj(F.layer_norm(h, h.shape[-1:])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1118,13 +1281,13 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        has_waves = config.mixer(layer) == "fhn"
-        self.attn = (FHNAttention if has_waves else CausalSelfAttention)(config, layer)
+        mixer = config.mixer(layer)
+        self.attn = {"fhn": FHNAttention, "kaufmann": KaufmannAttention}.get(mixer, CausalSelfAttention)(config, layer)
         self.feedback = None
         if config.use_region_feedback:
-            self.feedback = RegionFeedback(config, Cells(config, layer) if has_waves else self.attn.cells)
+            self.feedback = RegionFeedback(config, Cells(config, layer) if mixer == "fhn" else self.attn.cells)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.mlp = (WaveKAN if config.use_kan else SwiGLU if config.use_swiglu else MLP)(config)
 
     def forward(self, x, state=None):
         x = x + self.attn(self.ln_1(x), state)

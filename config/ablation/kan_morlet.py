@@ -1,0 +1,4 @@
+# WaveKAN with real Morlet wavelets.
+out_dir = "out-ablation/kan_morlet"
+use_kan = True
+kan_wavelet = "morlet"
