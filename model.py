@@ -27,7 +27,9 @@ from torch.nn import functional as F
 
 from kernels.block_sparse import Route, block_sparse_attention
 from kernels.fhn import REST_V, REST_W, fhn_propagate
+from kernels.heads import chunked_cross_entropy, mixture_cross_entropy, mixture_log_probs, sum_dtype
 from kernels.knots import gauss_linking_integrals, linking_numbers, strand_links
+from kernels.oscillator import oscillate
 from kernels.scan import gated_scan
 from kernels.wavekan import WAVELETS, wavelet_bank, wavelet_edges
 
@@ -54,7 +56,7 @@ class GPTConfig:
     bias: bool = True  # biases in linear layers and layer norms, as in GPT-2; False is a bit better and faster
     # -- model controls -----------------------------------------------------------------------------------------------
     mlp_act: str = "gelu"  # "gelu" (exact, nanoGPT) | "gelu_tanh" (OpenAI's GPT-2) | "relu2" (squared ReLU)
-    pos_embedding: str = "learned"  # "learned" (a table of block_size rows) | "none" (only causality tells the order)
+    pos_embedding: str = "learned"  # "learned" (block_size rows) | "none" | "ramanujan" (a fixed table, projected)
     # -- token mixers -------------------------------------------------------------------------------------------------
     attn_mode: str = "softmax"  # "softmax" | "sigmoid" (weights that need not sum to 1) | "fhn" (waves) | "kaufmann"
     use_kaufmann_attention: bool = False  # the same as attn_mode="kaufmann"
@@ -67,6 +69,17 @@ class GPTConfig:
     kan_edges: str = "shared"  # "shared" (wavelets a channel, then a matrix) | "edge" (one an edge, as published; slow)
     kan_bank: int = 2  # of kan_edges="shared": wavelets a channel
     kan_match_params: bool = True  # hidden width for the MLP's parameters; False = 4 n_embd
+    # -- BioMLP -------------------------------------------------------------------------------------------------------
+    use_bio_mlp: bool = False  # channel mixer of oscillators: C -> dendrites -> 4C -> sparse events -> C
+    bio_omega: float = 1.0  # frequency of sin(omega x + phi) tanh(x) + baseline; omega starts at it + 0.1 N(0, 1)
+    bio_osc_learnable: bool = True  # omega, phi and baseline are parameters; False = they stay as drawn
+    bio_compartments: int = 0  # K slices of the input, each with its own dendrite; 0 = one linear map, no dendrites
+    bio_dendrite_dim: int = 0  # units of a compartment; 0 = 4C, as published
+    bio_lateral: str = "concat"  # S reads "concat" (C and LC, as published) | "nonlinear" (C, tanh(LC)) | "none" (C)
+    bio_threshold: float = 0.25  # an event needs a gate above this; 0 = no sparse events
+    bio_gate: str = "full"  # sigmoid(G x), G "full" (4C x 4C, as published) | "diag" | "lowrank" (rank C / 4)
+    bio_adaptive_threshold: bool = False  # a threshold a feature, steered to bio_target_sparsity once a step
+    bio_target_sparsity: float = 0.5  # the share of tokens for which a feature is to be silent
     # -- geometric routing --------------------------------------------------------------------------------------------
     use_ferope: bool = False  # rotate queries and keys by their position (RoPE), or by their place in their cell
     ferope_freqs: str = "log"  # radians a token: "log" (rope_base^(-i/m), RoPE) | "gaussian" (N(0, 1/anchor_min_gap))
@@ -85,6 +98,9 @@ class GPTConfig:
     use_region_feedback: bool = False  # after attention, add a gated projection of the mean of nearby regions' past
     region_rings: int = 1  # of use_region_feedback: regions this near are neighbours
     feedback_hops: int = 1  # of use_region_feedback: steps over the graph of neighbours
+    region_slate_include_prior: bool = True  # the regions' slate holds a moving average of past hidden states
+    region_prior_decay: float = 0.9  # a token: of that average
+    region_slate_include_error: bool = False  # and how badly the auto-encoder predicted the token; needs add_l4_losses
     # -- knots --------------------------------------------------------------------------------------------------------
     use_knot_attention: bool = False  # also attend to earlier cells whose strands link the last complete cell's
     knot_block: int = 32  # tokens a cell, where nothing else makes cells
@@ -99,6 +115,20 @@ class GPTConfig:
     use_fhn_imex: bool = True  # coupling solved implicitly; False = explicit Euler, which reaches fhn_steps tokens back
     use_fhn_partitioning: bool = False  # channels in groups of balanced stimulus, normalised to a common level
     fhn_partitions: int = 4  # of use_fhn_partitioning: groups
+    # -- heads --------------------------------------------------------------------------------------------------------
+    tie_weights: bool = True  # the output embedding is the token embedding; False = a table of its own
+    loss_chunk: int = 0  # tokens of logits alive at once in training, whose forward returns the last only; 0 = all
+    use_mfs_head: bool = False  # multi-facet softmax, a mixture of softmaxes: log-probabilities take the logits' place
+    mfs_K: int = 3  # softmaxes that are mixed
+    mfs_P: int = 4  # facets of the first softmax: token v uses facet v mod P
+    mfs_layers: int = 3  # top layers that it reads
+    mfs_window: int = 2  # positions before the current one that it reads too
+    mfs_lowrank_r: int = 0  # rank of the facets' projections; 0 = full
+    add_l4_losses: bool = False  # in training, an auto-encoder of hidden states that also predicts the token after next
+    l4_loss_weight: float = 0.1  # of its two losses in the objective
+    ae_window: int = 8  # hidden states that it encodes
+    ae_dim: int = 0  # its bottleneck; 0 = n_embd // 4
+    slate_window: int = 8  # hidden states that the auto-encoder's slate is the mean of, where there are no regions
     # -- meta-updates -------------------------------------------------------------------------------------------------
     htm_meta_strength: float = 0.0  # scale a column's update by 1 +- this, by how well it predicts; 0 = off
     htm_meta_decay: float = 0.99  # a step: how long a column's success is remembered
@@ -113,7 +143,7 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
         one_of(self, "mlp_act", ACTIVATIONS)
-        one_of(self, "pos_embedding", ("learned", "none"))
+        one_of(self, "pos_embedding", ("learned", "none", "ramanujan"))
         one_of(self, "ferope_freqs", ("log", "gaussian"))
         head_dim = self.n_embd // self.n_head
         if not 0 <= 2 * self.ferope_m <= head_dim or (self.use_ferope and head_dim < 2):
@@ -132,9 +162,8 @@ class GPTConfig:
         )  # fmt: skip
         self.refuse_idle("use_block_sparse", self.use_block_sparse, "neighbor_rings")
         self.refuse_idle("use_region_feedback", self.use_region_feedback, "region_rings", "feedback_hops")
-        self.refuse_idle(
-            "region_edges or use_region_feedback", self.region_edges or self.use_region_feedback, "region_size"
-        )
+        uses = "region_edges, use_region_feedback, use_mfs_head or add_l4_losses"
+        self.refuse_idle(uses, self.region_edges or self.use_region_feedback or self.has_region_slate, "region_size")
         is_random = self.ferope_freqs == "gaussian"
         self.refuse_idle('ferope_freqs="log"', not is_random, "rope_base")
         cells = "cells (use_block_sparse, say)"
@@ -142,6 +171,7 @@ class GPTConfig:
         self.refuse_idle(cells, self.has_anchors, "anchor_jitter", "share_region_router")
         self.check_mixers()
         self.check_channel_mixers()
+        self.check_heads()
         self.refuse_idle("use_knot_attention", self.has_knots(), "knot_block", "knot_vertices", "knot_threshold",
                          "knot_k", "knot_learned_threshold")  # fmt: skip
         self.refuse_idle("cells of their own (here anchors make them)", not self.has_anchors, "knot_block")
@@ -201,7 +231,7 @@ class GPTConfig:
         one_of(self, "kan_edges", ("shared", "edge"))
         if self.kan_bank < 1:
             raise ValueError(f"kan_bank={self.kan_bank}: must be at least 1")
-        mixers = [name for name in ("use_kan", "use_swiglu") if getattr(self, name)]
+        mixers = [name for name in ("use_kan", "use_bio_mlp", "use_swiglu") if getattr(self, name)]
         if len(mixers) > 1:
             raise ValueError(f"{' and '.join(mixers)}: a block has one channel mixer, keep one of them")
         self.refuse_idle("the plain MLP", not mixers, "mlp_act", "htm_meta_strength")
@@ -209,6 +239,42 @@ class GPTConfig:
         self.refuse_idle("use_kan", has_wavelets, "kan_wavelet", "kan_edges")
         self.refuse_idle('kan_edges="shared" (and use_kan)', has_wavelets and self.kan_edges == "shared", "kan_bank")
         self.refuse_idle("use_kan", self.use_kan, "kan_match_params")
+        one_of(self, "bio_lateral", ("concat", "nonlinear", "none"))
+        one_of(self, "bio_gate", ("full", "diag", "lowrank"))
+        if not (0 <= self.bio_threshold < 1 and 0 < self.bio_target_sparsity < 1):
+            raise ValueError("bio_threshold must be in [0, 1), bio_target_sparsity in (0, 1)")
+        K, bio = self.bio_compartments, self.use_bio_mlp
+        if min(K, self.bio_dendrite_dim) < 0 or (K and (K - 1) * -(-self.n_embd // K) >= self.n_embd):
+            raise ValueError(f"bio_compartments={K}: must be >= 0 (bio_dendrite_dim too), each with a part of n_embd")
+        self.refuse_idle("use_bio_mlp", bio, "bio_omega", "bio_osc_learnable", "bio_compartments", "bio_threshold")
+        self.refuse_idle("bio_compartments", bio and K, "bio_dendrite_dim", "bio_lateral")
+        has_events = bio and self.bio_threshold
+        self.refuse_idle("use_bio_mlp and bio_threshold", has_events, "bio_gate", "bio_adaptive_threshold")
+        self.refuse_idle("bio_adaptive_threshold", self.bio_adaptive_threshold, "bio_target_sparsity")
+
+    def check_heads(self):
+        for name in ("mfs_K", "mfs_P", "mfs_layers", "ae_window", "slate_window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("loss_chunk", "mfs_window", "mfs_lowrank_r", "ae_dim"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.use_mfs_head and (self.mfs_layers > self.n_layer or self.mfs_P > self.vocab_size):
+            raise ValueError("use_mfs_head: mfs_layers must be at most n_layer, mfs_P at most vocab_size")
+        if not self.l4_loss_weight > 0:
+            raise ValueError(f"l4_loss_weight={self.l4_loss_weight}: must be positive, or turn off add_l4_losses")
+        if not 0 <= self.region_prior_decay < 1:
+            raise ValueError(f"region_prior_decay={self.region_prior_decay}: must be in [0, 1)")
+        mfs = ("mfs_K", "mfs_P", "mfs_layers", "mfs_window", "mfs_lowrank_r")
+        self.refuse_idle("use_mfs_head", self.use_mfs_head, *mfs)
+        self.refuse_idle("add_l4_losses", self.add_l4_losses, "l4_loss_weight", "ae_window", "ae_dim")
+        self.refuse_idle("add_l4_losses and region_size=0", self.add_l4_losses and not self.region_size, "slate_window")
+        head = "region_size and use_mfs_head or add_l4_losses"
+        self.refuse_idle(head, self.has_region_slate, "region_slate_include_prior")
+        prior = self.has_region_slate and self.region_slate_include_prior
+        self.refuse_idle(f"{head}, and region_slate_include_prior", prior, "region_prior_decay")
+        error = self.region_size and self.add_l4_losses
+        self.refuse_idle("region_size and add_l4_losses", error, "region_slate_include_error")
 
     def refuse_idle(self, switch, is_on, *names):
         """Refuse flags that were set but do nothing because what they belong to is off."""
@@ -223,7 +289,13 @@ class GPTConfig:
     @property
     def has_anchors(self):
         """Whether cells around anchors are drawn."""
-        return self.use_block_sparse or self.ferope_anchor_relative or self.use_region_feedback
+        uses = (self.use_block_sparse, self.ferope_anchor_relative, self.use_region_feedback, self.has_region_slate)
+        return any(uses)
+
+    @property
+    def has_region_slate(self):
+        """Whether regions condition the heads."""
+        return bool(self.region_size) and (self.use_mfs_head or self.add_l4_losses)
 
     @property
     def has_cells(self):
@@ -458,6 +530,70 @@ class FeRoPE(nn.Module):
     def forward(self, q, k, delta):
         """q, k (B, nh, T, hs) turned to delta (T,), in tokens."""
         return ferope_ar_rotate(q, k, delta[:, None].to(torch.promote_types(self.W.dtype, torch.float32)) * self.W)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ramanujan positions: x_t += W r_t, with r_t fixed columns for each prime power q = 2, 3, 4, 5, 7, ..., 23:
+#   cos(2 pi t k / q), sin(2 pi t k / q) for the units k <= q / 2 of q, and the Ramanujan sum c_q(t), all of them over
+#   sqrt(q phi(q)); c_q(t) = sum of e^(2 pi i t k / q) over all units k = mu(q/g) phi(q) / phi(q/g), g = gcd(t, q).
+# t is known from its residues: no two positions below 5,354,228,880 coincide, and a shorter block has the same columns.
+# W (C, 124) is all there is to learn. Cost: T 124 C for a sequence, whatever the batch. Ramanujan 1918.
+
+PRIME_POWERS = (2, 3, 4, 5, 7, 8, 9, 11, 13, 16, 17, 19, 23)
+
+
+def prime_factors(q):
+    """[(prime, exponent), ...] of an integer q >= 1, by trial division."""
+    factors, p = [], 2
+    while q > 1:
+        e = 0
+        while q % p == 0:
+            q, e = q // p, e + 1
+        factors += [(p, e)] if e else []
+        p = p + 1 if p * p <= q else q
+    return factors
+
+
+def ramanujan_sum(q, n):
+    """c_q(n), exact, for an int q >= 1 and any n, an int or a tensor of ints. ValueError for q < 1.
+
+    Multiplicative in q; for q = p^e it is p^e - p^(e-1) if p^e divides n, else -p^(e-1) if p^(e-1) does, else 0.
+    """
+    if q < 1:
+        raise ValueError(f"q={q}: must be at least 1")
+    c = 1 + 0 * n
+    for p, e in prime_factors(q):
+        low = p ** (e - 1)
+        c = c * low * (p * (n % (p * low) == 0) - 1) * (n % low == 0)
+    return c
+
+
+def ramanujan_table(block_size):
+    """The rows r_t of positions 0 .. block_size - 1, (block_size, 124) float32; their norm is 1 in quadratic mean."""
+    n, columns, size = torch.arange(block_size, device="cpu"), [], 0.0
+    for q in PRIME_POWERS:
+        phi = ramanujan_sum(q, 0)
+        units = torch.tensor([k for k in range(1, q // 2 + 1) if math.gcd(k, q) == 1], device="cpu")
+        angle = 2 * math.pi / q * (n[:, None] * units % q).double()
+        waves = (angle.cos(), angle.sin()) if q > 2 else (angle.cos(),)  # sin(pi n) is 0
+        columns += [part * (q * phi) ** -0.5 for part in (*waves, ramanujan_sum(q, n)[:, None])]
+        size += (max(phi / 2, 1) + phi) / (q * phi)  # mean over n of the squares of these
+    return (torch.cat(columns, dim=1) * size**-0.5).float()
+
+
+class RamanujanPositions(nn.Module):
+    """What to add to the tokens at positions past .. past + T - 1, (T, C); of the token embeddings' size, 0.02."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.register_buffer("table", ramanujan_table(config.block_size), persistent=False)
+        self.proj = nn.Linear(self.table.size(1), config.n_embd, bias=False)
+
+    def forward(self, T, past=0):
+        return self.proj(self.table[past : past + T])
+
+    def crop(self, block_size):
+        self.table = self.table[:block_size].clone()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1026,8 +1162,8 @@ class FHNAttention(nn.Module):
 # Token mixer: Kaufmann attention, Propagate(Topology(q, k) . Landscape(v)). Knot-gated attention over landscape values
 # stimulates an excitable medium, which carries it along the tokens:
 #   I = attention over the knotted cells of WaveKAN(norm(v)), y = (fhn(I; q, k) - rest) silu(q); (B, T, C) -> (B, T, C)
-# Cost: that of knots, waves and one C x C WaveKAN layer. The decomposition is known from public code under this name; the
-# equations are ours.
+# Cost: that of knots, waves and one C x C WaveKAN layer. The decomposition is known from public code under this name;
+# the equations are ours.
 
 
 class KaufmannAttention(CausalSelfAttention):
@@ -1081,7 +1217,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.activity = torch.zeros(()) if config.htm_meta_strength else None  # how active each group was, by token
 
-    def forward(self, x):
+    def forward(self, x, state=None):
         h = self.act(self.c_fc(x))  # (B, T, 4C)
         if self.activity is not None and self.training:
             self.activity = h.detach().float().abs().unflatten(-1, (-1, HTM_GROUP)).mean(-1)  # (B, T, 4C / 64)
@@ -1108,7 +1244,7 @@ class SwiGLU(nn.Module):
         self.c_proj = nn.Linear(hidden, C, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, state=None):
         gate, h = self.c_fc(x).chunk(2, dim=-1)  # (B, T, hidden) each
         return self.dropout(self.c_proj(F.silu(gate) * h))
 
@@ -1184,9 +1320,189 @@ class WaveKAN(nn.Module):
         self.c_proj = wavelet_map(hidden, C, config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, state=None):
         h = self.c_fc(x)  # (B, T, hidden)
         return self.dropout(self.c_proj(F.layer_norm(h, h.shape[-1:])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Channel mixer: BioMLP, (B, T, C) -> dendrites -> h = 4C -> sparse events -> (B, T, C).
+#   osc(x) = sin(omega x + phi) tanh(x) + baseline, a row of parameters a feature: one such unit can compute XOR.
+#   Dendrites: x in K slices u_k, C_k = tanh(A_k u_k), osc(S [C; L C]); L (K, K) couples them. Without: osc(W x).
+#   Events: gate = sigmoid(G x), mask = gate > threshold (its gradient is the gate's), osc(T (mask x)).
+# Parameters, C = width, m = bio_dendrite_dim or h: oscillators alone 8 C^2 as an MLP; S adds 2 K m h, events 2 h^2. The
+# oscillator costs 4 to 8 times GELU on a CPU. After dendritic neurons that solve XOR (Gidon et al. 2020, Science 367).
+
+
+class OscillatingActivation(nn.Module):
+    """sin(omega x + phi) tanh(x) + baseline on (..., features); the three are buffers unless bio_osc_learnable."""
+
+    def __init__(self, features, config):
+        super().__init__()
+        noise = 0.1 * torch.randn(2, features)
+        start = {"omega": config.bio_omega + noise[0], "phi": noise[1], "baseline": torch.zeros(features)}
+        for name, value in start.items():
+            if config.bio_osc_learnable:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    def forward(self, x):
+        return oscillate(x, self.omega, self.phi, self.baseline)
+
+
+class DendriticCompartmentLayer(nn.Module):
+    """(B, T, C) -> (B, T, 4C): K compartments that see a slice of the input each, and the soma that reads them."""
+
+    def __init__(self, config):
+        super().__init__()
+        h, K = 4 * config.n_embd, config.bio_compartments
+        m = config.bio_dendrite_dim or h
+        self.lateral, self.width = config.bio_lateral, -(-config.n_embd // K)  # of a slice
+        self.pad = K * self.width - config.n_embd
+        self.A = nn.ModuleList(nn.Linear(self.width, m, bias=config.bias) for _ in range(K))
+        self.L = None if self.lateral == "none" else nn.Parameter(0.5 * torch.eye(K) + 0.1 * torch.randn(K, K))
+        self.S = nn.Linear(K * m if self.L is None else 2 * K * m, h, bias=config.bias)
+        self.osc = OscillatingActivation(h, config)
+
+    def forward(self, x):
+        slices = F.pad(x, (0, self.pad)).split(self.width, dim=-1)
+        c = torch.cat([A(u) for A, u in zip(self.A, slices)], dim=-1).tanh()  # (B, T, K m)
+        if self.lateral == "nonlinear":
+            mixed = (self.L @ c.unflatten(-1, (len(self.A), -1))).tanh()
+            c = torch.cat((c, mixed.flatten(-2)), dim=-1)
+        return self.osc(F.linear(c, self.soma(), self.S.bias))
+
+    def soma(self):
+        """The matrix that reads the compartments. S [C; L C] = (S_1 + S_2 L) C: half the work, and no more power."""
+        if self.lateral != "concat":
+            return self.S.weight
+        S_1, S_2 = self.S.weight.unflatten(1, (2, len(self.A), -1)).unbind(1)  # (h, K, m)
+        return (S_1 + self.L.mT @ S_2).flatten(1)
+
+    def flops_per_token(self, T):
+        """What the linear layers do not say: L C, or that "concat" never multiplies with half of S."""
+        k_m = len(self.A) * self.A[0].out_features
+        return {"none": 0, "nonlinear": 2 * len(self.A) * k_m, "concat": -2 * k_m * self.S.out_features}[self.lateral]
+
+
+class HardGate(torch.autograd.Function):
+    """1 where gate > threshold and 0 elsewhere; straight-through: the gradient goes to the gate as it comes."""
+
+    @staticmethod
+    def forward(ctx, gate, threshold):
+        return (gate > threshold).to(gate.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+class Diagonal(nn.Module):
+    """A linear map whose matrix is diagonal: weight * x + bias, on (..., features)."""
+
+    def __init__(self, features, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+
+    def forward(self, x):
+        return self.weight * x if self.bias is None else torch.addcmul(self.bias, self.weight, x)
+
+
+class SparseEventLayer(nn.Module):
+    """(B, T, h) -> (B, T, h). measured["sparsity"] is the share of silent units in the last forward.
+
+    With bio_adaptive_threshold, each feature's threshold is a running statistic, not a weight: a step moves it by
+    STEER (bio_target_sparsity - the feature's silent share of that step).
+    """
+
+    STEER = 0.02
+    T_GAIN, G_GAIN = 3.0, 6.0
+
+    def __init__(self, features, config):
+        super().__init__()
+        rank = max(1, features // 16)  # of "lowrank"
+        self.G = {
+            "full": lambda: nn.Linear(features, features, bias=config.bias),
+            "diag": lambda: Diagonal(features, bias=config.bias),
+            "lowrank": lambda: nn.Sequential(
+                nn.Linear(features, rank, bias=False), nn.Linear(rank, features, bias=config.bias)
+            ),
+        }[config.bio_gate]()
+        self.T = nn.Parameter(torch.empty(features, features))  # (in, out), so that a silent unit is a row not read
+        self.bias = nn.Parameter(torch.zeros(features)) if config.bias else None
+        self.osc = OscillatingActivation(features, config)
+        self.target = config.bio_target_sparsity
+        if config.bio_adaptive_threshold:
+            self.register_buffer("threshold", torch.full((features,), float(config.bio_threshold)))
+            self.register_buffer("counted", torch.zeros(features + 1), persistent=False)  # active, all
+        else:
+            self.threshold, self.counted = config.bio_threshold, None
+        self.measured = {"sparsity": torch.zeros(())}
+        self.init_own()
+
+    @torch.no_grad()
+    def init_own(self):
+        """Wider than GPT's init: what comes in is an oscillator's small output (about x^2), and gates must differ."""
+        maps = [m for m in self.G.modules() if isinstance(m, nn.Linear | Diagonal)]
+        for weight in (self.T, *(m.weight for m in maps)):
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+        self.T *= self.T_GAIN
+        maps[-1].weight *= self.G_GAIN
+
+    def forward(self, x, state=None):
+        mask = HardGate.apply(torch.sigmoid(self.G(x)), self.threshold)
+        active = mask.detach().flatten(0, -2).sum(0, dtype=torch.float32)  # tokens of each feature
+        sparsity = 1 - active.sum() / mask.numel()
+        self.measured = {"sparsity": sparsity}
+        if self.training and self.counted is not None:
+            self.counted += torch.cat((active, active.new_full((1,), mask.numel() / len(active))))
+        is_one_token = state is not None and x.numel() == len(active) and x.device.type == "cpu"
+        if is_one_token and not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and sparsity >= 0.5:
+            return self.osc(self.read_active(x, mask))
+        return self.osc(F.linear(mask * x, self.T.t(), self.bias))
+
+    @torch.no_grad()
+    def before_step(self):
+        """Steer the thresholds by what all processes counted since the last optimiser step."""
+        if self.counted is None:
+            return
+        all_reduce(self.counted)
+        if self.counted[-1] > 0:
+            silent = 1 - self.counted[:-1] / self.counted[-1]
+            self.threshold.add_(silent, alpha=-self.STEER).add_(self.STEER * self.target).clamp_(0, 1)
+        self.counted.zero_()
+
+    def read_active(self, x, mask):
+        """T (mask x) of one token, reading the rows of its active units only."""
+        on = mask.flatten().nonzero().flatten()
+        weights = x.flatten()[on].to(self.T.dtype)
+        y = F.embedding_bag(on, self.T, on.new_zeros(1), mode="sum", per_sample_weights=weights)
+        return (y if self.bias is None else y + self.bias).to(x.dtype).view_as(x)
+
+    def flops_per_token(self, T):
+        return 2 * self.T.numel()
+
+
+class BioMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        h = 4 * config.n_embd
+        if config.bio_compartments:
+            self.dendrites = DendriticCompartmentLayer(config)
+        else:
+            c_fc = nn.Linear(config.n_embd, h, bias=config.bias)
+            self.dendrites = nn.Sequential(c_fc, OscillatingActivation(h, config))
+        self.events = SparseEventLayer(h, config) if config.bio_threshold else None
+        self.c_proj = nn.Linear(h, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, state=None):
+        h = self.dendrites(x)
+        if self.events is not None:
+            h = self.events(h, state)
+        return self.dropout(self.c_proj(h))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1274,6 +1590,248 @@ class ColumnMeta(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Windows over the past, which end at the current token and are zero before the start; x (B, T, C).
+
+
+def shift(x, j):
+    """x_{t-j}, for 0 <= j <= T."""
+    return F.pad(x, (0, 0, j, -j))
+
+
+def window_sum(x, n):
+    """sum_{j < n} x_{t-j}, by doubling: log2 n additions, and no differences of long sums."""
+    n = min(n, x.size(1))
+    if n == 1:
+        return x
+    half = window_sum(x, n // 2)
+    both = half + shift(half, n // 2)
+    return both + shift(x, n - 1) if n % 2 else both
+
+
+def weighted_window(parts):
+    """sum_j y_j[t-j] of n tensors y_j (B, T, D)."""
+    total = parts[0]
+    for j, part in enumerate(parts[1 : total.size(1)], 1):
+        total = total + shift(part, j)
+    return total
+
+
+def with_past(module, state, x, n):
+    """x (B, T, C) after the n tokens before it, or as many as there were, which `state` remembers for `module`."""
+    if state is None:
+        return x
+    store = state.of(module)
+    x = torch.cat((store["past"], x), 1) if "past" in store else x
+    store["past"] = x[:, max(0, x.size(1) - n) :]
+    return x
+
+
+class WindowLinear(nn.Module):
+    """y_t = sum_{j < window} W_j x_{t-j} + bias, (B, T, n_in) -> (B, T, n_out).
+
+    W_j x for all j is one product, and its parts are shifted: cheaper than a copy of x for each place in the window.
+    """
+
+    def __init__(self, n_in, n_out, window, bias):
+        super().__init__()
+        self.window = window
+        self.linear = nn.Linear(n_in, window * n_out, bias=False)
+        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
+
+    def forward(self, x, state=None):
+        y = with_past(self, state, self.linear(x), self.window - 1)
+        y = weighted_window(y.chunk(self.window, -1))[:, -x.size(1) :]
+        return y if self.bias is None else y + self.bias
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Head: multi-facet softmax. One softmax cannot say everything: where e0 + e1 = e2 + e3, its p0 p1 = p2 p3. A mixture of
+# K can; the first of them has P facets, of which token v uses number v mod P.
+#   q = gelu(sum_{j <= mfs_window} W_j [x^{n-L+1}; ..; x^n]_{t-j}),  L = mfs_layers top layers
+#   f_i = h + A_i [h; q], i = 1 .. P + K - 1, A_i near 0;  prior = softmax(B [h; q]);  p = sum_k prior_k softmax_k
+# h is the final norm's output; A_i + [I | 0] is the paper's projection. With regions A_i and B read [slate; q] instead.
+# Cost: K heads instead of one and (L (mfs_window + 1) + 2 (P + K - 1)) C^2 weights: 21 C^2, where a block has 12 C^2.
+# Source: Chang & McCallum, ACL 2022; mixtures of softmaxes: Yang et al. 2018, arXiv 1711.03953.
+
+
+class MFSHead(nn.Module):
+    """Log-probabilities, where a linear head gives logits: their softmax is themselves."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.K, self.chunk, self.size = config.n_embd, config.mfs_K, config.loss_chunk, config.vocab_size
+        self.n_facets, self.rank = config.mfs_P + config.mfs_K - 1, config.mfs_lowrank_r
+        self.window = WindowLinear(config.mfs_layers * C, C, config.mfs_window + 1, config.bias)
+        self.facets = nn.Linear(2 * C, self.n_facets * (self.rank or C), bias=config.bias)
+        self.up = nn.Parameter(0.02 * torch.randn(self.n_facets, self.rank, C)) if self.rank else None
+        self.prior = nn.Linear(2 * C, self.K, bias=config.bias) if self.K > 1 else None
+
+    def init_own(self):
+        """Start at the linear head: facets that are all h, but for a little noise that lets them part."""
+        if self.up is None:
+            nn.init.normal_(self.facets.weight, std=1e-3)
+
+    def mixture(self, hiddens, h, slate=None, state=None):
+        """(facets (B, T, P + K - 1, C), log prior (B, T, K)) of the top layers' outputs, a list of (B, T, C), and h."""
+        q = F.gelu(self.window(torch.cat(hiddens, -1), state))
+        joined = torch.cat((h if slate is None else slate, q), -1)  # (B, T, 2C)
+        facets = self.facets(joined).unflatten(-1, (self.n_facets, -1))
+        if self.up is not None:
+            facets = torch.einsum("btfr,frc->btfc", facets, self.up)
+        prior = h.new_zeros(*h.shape[:2], 1) if self.prior is None else self.prior(joined)
+        return facets + h[:, :, None], F.log_softmax(prior, -1, dtype=sum_dtype(prior))
+
+    def log_probs(self, facets, log_prior, weight):
+        """log p of every token, (B, T, V), weight (V, C) the output embedding."""
+        if not self.chunk or torch.is_grad_enabled():
+            return mixture_log_probs(facets, log_prior, weight)
+        rows = (x.flatten(0, 1).split(self.chunk) for x in (facets, log_prior))
+        return torch.cat([mixture_log_probs(f, p, weight) for f, p in zip(*rows)]).unflatten(0, facets.shape[:2])
+
+    def forward(self, hiddens, h, weight, slate=None, state=None):
+        return self.log_probs(*self.mixture(hiddens, h, slate, state), weight)
+
+    def loss(self, facets, log_prior, weight, targets):
+        """Mean of -log p(targets) over those that are not -1, and each token's: loss_chunk tokens at a time."""
+        facets, log_prior = facets.flatten(0, 1), log_prior.flatten(0, 1)
+        loss, each = mixture_cross_entropy(facets, log_prior, weight, targets.flatten(), self.chunk)
+        return loss, each.view(targets.shape)
+
+    def flops_per_token(self, T):
+        """Forward FLOPs besides linear layers: the K - 1 softmaxes more than lm_head's, and the low-rank facets."""
+        C = self.facets.in_features // 2
+        return 2 * (self.K - 1) * self.size * C + 2 * self.n_facets * self.rank * C
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Slates: a summary s_t (B, T, C) of what came before, which conditions the heads; h (B, T, C), the final norm's output.
+#   local:   s_t = mean of the last slate_window h, fewer at the start
+#   regions: s_t = proj [mean of h over the complete cells of t's region; running mean of t's cell; prior_t; error_t],
+#            prior_t = d prior_{t-1} + (1 - d) h_{t-1}, error_t how badly the auto-encoder below predicted token t
+# Cost: O(T C), for regions up to 3 C^2 weights; decoding keeps slate_window vectors, or one sum a cell and the prior.
+
+
+class Slate(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.window = config.slate_window
+
+    def forward(self, h, state=None):
+        T, past = h.size(1), 0 if state is None else state.pos
+        total = window_sum(with_past(self, state, h, self.window - 1), self.window)[:, -T:]
+        count = torch.arange(past + 1, past + T + 1, device=h.device).clamp(max=self.window)
+        return total / count[:, None].to(h.dtype)
+
+
+def complete_cells(starts, region_size):
+    """Weights (C, C) that take sums over cells to the mean over the tokens of the complete cells in c's region."""
+    c = torch.arange(len(starts) - 1, device=starts.device)
+    same = c[:, None] // region_size == c[None, :] // region_size
+    length = starts.diff() * (same & (c[None, :] < c[:, None]))  # (C, C) tokens
+    return (length > 0) / length.sum(1, keepdim=True).clamp(min=1)
+
+
+class RegionSlate(nn.Module):
+    def __init__(self, config, cells):
+        super().__init__()
+        self.cells, self.region_size = cells, config.region_size
+        self.decay = config.region_prior_decay if config.region_slate_include_prior else None
+        self.proj = nn.Linear((2 + config.region_slate_include_prior) * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_error = nn.Linear(1, config.n_embd, bias=False) if config.region_slate_include_error else None
+
+    def forward(self, h, state=None):
+        """The slate with an error entry of zero."""
+        store = {} if state is None else state.of(self)
+        x = h.to(sum_dtype(h))
+        parts = [*self.cell_means(x, store, 0 if state is None else state.pos)]
+        if self.decay is not None:
+            parts.append(self.prior(x, store))
+        return self.proj(torch.cat(parts, -1).to(h.dtype))
+
+    def with_error(self, slate, error):
+        """The slate with error (B, T, 1), in nats, in its place: the projection is linear."""
+        return slate + self.c_error(error)
+
+    def cell_means(self, x, store, past):
+        """Mean of the complete cells of each token's region, running mean of its own cell: (B, T, C) each."""
+        B, T, C = x.shape
+        starts = torch.tensor(self.cells.starts, device=x.device)
+        cell, place = self.cells.cell[past : past + T], torch.arange(past, past + T, device=x.device)
+        sums = store.get("sums", x.new_zeros(B, len(starts) - 1, C))
+        goes_on = (place != starts[cell]).to(x.dtype)[:, None]  # (T, 1), 0 where a cell begins
+        own = gated_scan(goes_on.expand(B, T, C), x, sums[:, cell[:1]][:, 0])
+        store["sums"] = sums = sums.index_add(1, cell, x)
+        complete = complete_cells(starts, self.region_size).to(x.dtype) @ sums  # (B, cells, C)
+        return complete[:, cell], own / (place - starts[cell] + 1)[:, None].to(x.dtype)
+
+    def prior(self, x, store):
+        """Exponential moving average of the tokens before each, (B, T, C)."""
+        before = store.get("prior", torch.zeros_like(x[:, 0]))
+        average = gated_scan(torch.full_like(x, self.decay), (1 - self.decay) * x, before)
+        store["prior"] = average[:, -1]
+        return torch.cat((before[:, None], average[:, :-1]), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# L4 auto-encoder, an auxiliary loss: z_t = gelu(sum_{j < n} W_j h_{t-j} + W_s s_t) (ae_dim), n = ae_window, and from it
+#   (a) the window: mean |V_j z_t - norm(h_{t-j})|^2, the target without a gradient;  (b) the token after the next:
+#   cross-entropy of targets_{t+1} under the output embedding's softmax(E W z_t), so the head learns to look further.
+# (a) is expanded, z^T (V^T V) z - 2 z sum_j V_j^T norm(h_{t-j}) + |window|^2: nothing n C wide is built for a token.
+# The loss of token t, predicted at t - 2, is the error signal of the region slate. Cost: in training a second linear
+# head and 4 C^2 weights; in evaluation nothing, or with the error signal in an MFS's slate a head's forward.
+
+
+class SlidingWindowAE(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, self.n = config.n_embd, config.ae_window
+        D = config.ae_dim or max(1, C // 4)
+        self.chunk, self.size = config.loss_chunk, config.vocab_size
+        self.window = WindowLinear(C, D, self.n, config.bias)
+        self.c_slate = nn.Linear(C, D, bias=False)
+        self.decoder = nn.Linear(D, self.n * C, bias=False)
+        self.c_next = nn.Linear(D, C, bias=config.bias)
+
+    def code(self, h, slate, state=None):
+        return F.gelu(self.window(h, state) + self.c_slate(slate))  # (B, T, D)
+
+    def forward(self, h, slate, targets, weight):
+        """(reconstruction, next-step loss), 0-d: h, slate (B, T, C), targets (B, T), weight (V, C)."""
+        z = self.code(h, slate)
+        after_next = F.pad(targets[:, 1:], (0, 1), value=-1)
+        loss = chunked_cross_entropy(self.c_next(z), weight, after_next, self.chunk)
+        loss = torch.where((after_next != -1).any(), loss, 0.0)  # a single token has none
+        return self.reconstruction(z, h), loss
+
+    def reconstruction(self, z, h):
+        """Mean squared error of the decoded window against the normalised states, zeros before the start."""
+        target = F.layer_norm(h.detach(), h.shape[-1:])
+        V = self.decoder.weight  # (n C, D)
+        back = V.unflatten(0, (self.n, -1)).transpose(1, 2).flatten(0, 1)  # (n D, C), V_j^T below each other
+        match = weighted_window(F.linear(target, back).chunk(self.n, -1))  # (B, T, D)
+        z, match = z.to(sum_dtype(z)), match.to(sum_dtype(z))
+        size = window_sum(target.to(z.dtype).square().sum(-1, keepdim=True), self.n)  # (B, T, 1)
+        gram = (V.T @ V).to(z.dtype)
+        return (size + (z @ gram - 2 * match).mul(z).sum(-1, keepdim=True)).mean() / len(V)
+
+    @torch.no_grad()
+    def error(self, h, slate, idx, weight, state=None):
+        """Loss of each token of idx (B, T) when it was predicted, two tokens before it: (B, T, 1) nats, 0 for t < 2."""
+        (B, T, C), past = h.shape, 0 if state is None else state.pos
+        store = {} if state is None else state.of(self)
+        ahead = self.c_next(self.code(h, slate, state))
+        ahead = torch.cat((store.get("ahead", ahead.new_zeros(B, 2, C)), ahead), 1)
+        store["ahead"] = ahead[:, -2:]
+        known = torch.arange(past, past + T, device=idx.device) >= 2
+        _, each = chunked_cross_entropy(ahead[:, :T], weight, torch.where(known, idx, -1), self.chunk, per_token=True)
+        return each[..., None].to(h.dtype)
+
+    def flops_per_token(self, T):
+        """Forward FLOPs besides linear layers: the next-step head."""
+        return 2 * self.size * self.c_next.out_features
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Block and GPT.
 
 
@@ -1287,13 +1845,14 @@ class Block(nn.Module):
         if config.use_region_feedback:
             self.feedback = RegionFeedback(config, Cells(config, layer) if mixer == "fhn" else self.attn.cells)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = (WaveKAN if config.use_kan else SwiGLU if config.use_swiglu else MLP)(config)
+        others = {WaveKAN: config.use_kan, SwiGLU: config.use_swiglu, BioMLP: config.use_bio_mlp}
+        self.mlp = next((mixer for mixer, is_on in others.items() if is_on), MLP)(config)
 
     def forward(self, x, state=None):
         x = x + self.attn(self.ln_1(x), state)
         if self.feedback is not None:
             x = x + self.feedback(x, state)
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp(self.ln_2(x), state)
 
 
 class GPT(nn.Module):
@@ -1306,14 +1865,28 @@ class GPT(nn.Module):
         parts = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
         if config.pos_embedding == "learned":
             parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        if config.pos_embedding == "ramanujan":
+            parts["positions"] = RamanujanPositions(config)
         parts["drop"] = nn.Dropout(config.dropout)
         parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         parts["ln_f"] = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied, Press & Wolf 2017
+        if config.tie_weights:
+            self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
+        self.mfs = MFSHead(config) if config.use_mfs_head else None
+        self.ae = SlidingWindowAE(config) if config.add_l4_losses else None
+        self.slate = None
+        if config.has_region_slate:
+            cells = [b.attn.cells for b in self.transformer.h if hasattr(b.attn, "cells")]
+            self.slate = RegionSlate(config, cells[-1] if cells else Cells(config, config.n_layer - 1))
+        elif config.add_l4_losses:
+            self.slate = Slate(config)
         self.htm = ColumnMeta(config) if config.htm_meta_strength else None
         self.apply(self._init_weights)
+        for module in self.modules():
+            if hasattr(module, "init_own"):
+                module.init_own()
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # 2 n_layer of these add up in the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -1328,7 +1901,7 @@ class GPT(nn.Module):
     @property
     def max_positions(self):
         """How many tokens the model can place: block_size, or None where nothing is laid out for so many."""
-        placed = self.config.pos_embedding == "learned" or self.config.has_cells
+        placed = self.config.pos_embedding != "none" or self.config.has_cells
         return self.config.block_size if placed else None
 
     def forward(self, idx, targets=None, state=None):
@@ -1336,7 +1909,8 @@ class GPT(nn.Module):
 
         idx (B, T) int64; targets (B, T) int64 with -1 where there is nothing to predict; state: a DecodingState that
         holds the tokens before idx, and is advanced over them. Returns logits (B, T, V) and the loss, a 0-d tensor in
-        nats a token; without targets the logits of the last position, (B, 1, V), and None. ValueError for more tokens
+        nats a token; without targets the logits of the last position, (B, 1, V), and None; in training with loss_chunk
+        the last position's logits and the loss. ValueError for more tokens
         than the model has positions.
         """
         T, past = idx.size(1), 0 if state is None else state.pos
@@ -1345,23 +1919,78 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.config.pos_embedding == "learned":
             x = x + self.transformer.wpe.weight[past : past + T]
-        x = self.transformer.drop(x)
+        if self.config.pos_embedding == "ramanujan":
+            x = x + self.transformer.positions(T, past)
+        x, hiddens = self.transformer.drop(x), []
         for block in self.transformer.h:
             x = block(x, state)
+            hiddens = [*hiddens, x][-self.config.mfs_layers :] if self.mfs is not None else hiddens
+        chunked = targets is not None and self.training and self.config.loss_chunk > 0
+        last_only = slice(-1, None) if targets is None or chunked else slice(None)
+        if self.mfs is None and self.slate is None and not chunked:
+            x = x[:, last_only]  # nothing else is read
+        h, weight = self.transformer.ln_f(x), self.lm_head.weight
+        slate = self.summary(h, idx, state) if self.needs_slate(targets) else None
+        if self.mfs is not None:
+            mixture = self.mfs.mixture(hiddens, h, slate if self.config.has_region_slate else None, state)
+            logits = self.mfs.log_probs(*(part[:, last_only] for part in mixture), weight)
+        else:
+            logits = self.lm_head(h[:, last_only])
         if state is not None:
             state.pos += T
         if targets is None:
-            return self.lm_head(self.transformer.ln_f(x[:, -1:])), None
-        logits = self.lm_head(self.transformer.ln_f(x))
-        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+            return logits, None
+        loss, token_loss = self.loss(logits, targets, (h, *mixture) if self.mfs is not None else (h,), chunked)
+        self.losses = {"lm": loss.detach()}
         if self.htm is not None and self.training:
             activity = torch.cat([a for b in self.transformer.h for a in (b.attn.activity, b.mlp.activity)], -1)
-            token_loss = F.cross_entropy(
-                logits.detach().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
-            )
-            self.htm.observe(activity.flatten(0, 1), token_loss, targets.flatten() != -1)
-        self.losses = {"lm": loss.detach()}
+            self.htm.observe(activity.flatten(0, 1), token_loss.flatten(), targets.flatten() != -1)
+        if self.ae is not None and self.training:
+            reconstruction, ahead = self.ae(h, slate, targets, weight)
+            self.losses |= {"l4_reconstruction": reconstruction.detach(), "l4_next": ahead.detach()}
+            loss = loss + self.config.l4_loss_weight * (reconstruction + ahead)
         return logits, loss
+
+    def loss(self, logits, targets, hidden, chunked):
+        """(mean loss, each token's where HTM asks), from logits or, chunked, from (h,) or (h, facets, log prior)."""
+        if chunked and self.mfs is not None:
+            return self.mfs.loss(*hidden[1:], self.lm_head.weight, targets)
+        if chunked:
+            return chunked_cross_entropy(*hidden, self.lm_head.weight, targets, self.config.loss_chunk, per_token=True)
+        flat, targets = logits.view(-1, logits.size(-1)), targets.reshape(-1)  # log-probabilities are their own softmax
+        each = None
+        if self.htm is not None and self.training:
+            each = F.cross_entropy(flat.detach(), targets, ignore_index=-1, reduction="none")
+        return F.cross_entropy(flat, targets, ignore_index=-1), each
+
+    def needs_slate(self, targets):
+        """Whether something reads it: the mixture does with regions, the auto-encoder in training."""
+        in_head = self.mfs is not None and self.config.has_region_slate
+        return in_head or (self.ae is not None and self.training and targets is not None)
+
+    def summary(self, h, idx, state):
+        """The slate (B, T, C) of hidden states h (B, T, C)."""
+        slate = self.slate(h, state)
+        if self.config.region_slate_include_error:
+            slate = self.slate.with_error(slate, self.ae.error(h, slate, idx, self.lm_head.weight, state))
+        return slate
+
+    @property
+    def returns_log_probs(self):
+        """Whether forward's logits are log-probabilities; either way their softmax is the distribution."""
+        return self.mfs is not None
+
+    def measures(self):
+        """What modules measured of themselves in the last forward, by name, averaged over them: 0-d tensors."""
+        found = {}
+        for module in (m for m in self.modules() if hasattr(m, "measured")):
+            for name, value in module.measured.items():
+                found.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in found.items()}
+
+    def get_avg_sparsity(self):
+        """Mean share of silent units over the layers of sparse events in the last forward, 0-d; None without any."""
+        return self.measures().get("sparsity")
 
     # Text -----------------------------------------------------------------------------------------------------------
 
@@ -1409,6 +2038,8 @@ class GPT(nn.Module):
         n = sum(p.numel() for p in self.parameters())
         if non_embedding and self.config.pos_embedding == "learned":
             n -= self.transformer.wpe.weight.numel()
+        if non_embedding and not self.config.tie_weights:
+            n -= self.transformer.wte.weight.numel()
         return n
 
     def flops_per_token(self, T=None):
@@ -1443,6 +2074,8 @@ class GPT(nn.Module):
         self.config.block_size = block_size
         if self.config.pos_embedding == "learned":
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
+        if self.config.pos_embedding == "ramanujan":
+            self.transformer.positions.crop(block_size)
         for cells in (m for m in self.modules() if isinstance(m, Cells)):
             cells.crop(block_size)
 
@@ -1507,7 +2140,7 @@ class GPT(nn.Module):
         from transformers import GPT2Config, GPT2LMHeadModel
 
         c = self.config
-        shared = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "mlp_act")
+        shared = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "mlp_act", "loss_chunk")
         plain = GPTConfig(**{name: getattr(c, name) for name in shared})
         flags = [f.name for f in fields(c) if getattr(c, f.name) != getattr(plain, f.name)]
         if flags:

@@ -492,7 +492,7 @@ class Trainer:
         """What a training line tells besides the loss; `seconds` is the time a step took."""
         parts = self.model.losses if len(self.model.losses) > 1 else {}
         rate = self.tokens_per_step / seconds
-        values = {k: v.item() for k, v in parts.items()}
+        values = {k: v.item() for k, v in (parts | self.model.measures()).items()}
         values |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
         values |= {"ms": seconds * 1e3, "tokens_per_s": rate}
         if memory := memory_mb(self.world.device):
@@ -730,7 +730,8 @@ def loop(trainer, log, tokenizer, stop):
             look()  # nothing bad is saved
             results = trainer.evaluate_and_save()
             if log:
-                log.evaluation(i, {"tokens": i * trainer.tokens_per_step, **results})
+                measured = {k: v.item() for k, v in trainer.model.measures().items()}
+                log.evaluation(i, {"tokens": i * trainer.tokens_per_step, **results, **measured})
         if i >= cfg.max_iters:
             return
         if log and cfg.sample_interval and i and i % cfg.sample_interval == 0:

@@ -14,7 +14,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 BLOCK = 400_000  # elements of a block, over batch rows, time and channels: a few such buffers fit in the last cache
 STEP = 64  # blocks are multiples of this many positions, where T allows
-LANES = 12_000  # elements from which an operation is long against its call (1.5 us)
+LANES = 5_000  # elements from which an operation is long against its call, about 1.5 us
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference.
@@ -37,7 +37,7 @@ def chunk_length(n, lanes):
     """L for a scan over n items of `lanes` elements; n itself where one item after the other is as fast."""
     if n <= 8 or lanes >= LANES:
         return n
-    return 4 if n <= 32 else 8
+    return 4
 
 
 class Level:

@@ -23,7 +23,11 @@ from smoke_test import VARIANTS, all_logits, build
 
 EAGER_ONLY = {}  # variant: why torch.compile(fullgraph=True) cannot take it
 # variants tested in float64, where a tie has no rounding to break it
-HARD_CHOICES = {"knots", "knots_learned", "knots_and_rings", "kaufmann", "kaufmann_pattern"}
+HARD_CHOICES = {"knots", "knots_learned", "knots_and_rings", "kaufmann", "kaufmann_pattern"} | {
+    "bio_events",
+    "bio_adaptive",
+    "bio_dendrites",
+}
 KERNEL_SUMS = set()  # variants whose kernels may reorder sums: causal to 1e-6 and not to the last bit
 
 pytestmark = pytest.mark.parametrize("name", VARIANTS)
