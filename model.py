@@ -26,6 +26,13 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from kernels.block_sparse import Route, block_sparse_attention
+from kernels.e7 import SETS as E7_SETS
+from kernels.e7 import STAGES as E7_STAGES
+from kernels.e7 import TokensFirst, e7_apply, e7_cartan, e7_hops
+from kernels.e7 import e7_coset as e7_coset  # "as": others import these from here
+from kernels.e7 import e7_lattice_round as e7_lattice_round
+from kernels.e7 import e7_representation as e7_representation
+from kernels.e7 import e7_roots as e7_roots
 from kernels.fhn import REST_V, REST_W, fhn_propagate
 from kernels.heads import chunked_cross_entropy, mixture_cross_entropy, mixture_log_probs, sum_dtype
 from kernels.knots import gauss_linking_integrals, linking_numbers, strand_links
@@ -115,6 +122,16 @@ class GPTConfig:
     use_fhn_imex: bool = True  # coupling solved implicitly; False = explicit Euler, which reaches fhn_steps tokens back
     use_fhn_partitioning: bool = False  # channels in groups of balanced stimulus, normalised to a common level
     fhn_partitions: int = 4  # of use_fhn_partitioning: groups
+    # -- manifolds ----------------------------------------------------------------------------------------------------
+    use_manifold: bool = False  # after the embedding, add features of each token's point on a manifold
+    manifold: str = "sphere"  # "sphere" | "e7" (the coset E7(7)/SU(8)) | "rotor" (Spin(8), rotations of 28 + 28)
+    manifold_dim: int = 16  # of manifold="sphere": it lies in so many dimensions; "e7" has 70 coordinates, "rotor" 28
+    manifold_vectors: int = 1  # of manifold="e7" | "rotor": learned 56-vectors that the group's element acts on
+    geodesic_weight: float = 0.0  # of the loss that straightens the path of a text's points; 0 = off
+    skip_manifold_spectral: bool = False  # points without spectral coordinates; False = add those to queries and keys
+    n_eigenvectors: int = 8  # spectral coordinates: eigenvectors of the landmarks' graph
+    spectral_landmarks: int = 64  # learned points that make the graph
+    spectral_refresh: int = 100  # optimiser steps between eigen-decompositions
     # -- heads --------------------------------------------------------------------------------------------------------
     tie_weights: bool = True  # the output embedding is the token embedding; False = a table of its own
     loss_chunk: int = 0  # tokens of logits alive at once in training, whose forward returns the last only; 0 = all
@@ -172,6 +189,7 @@ class GPTConfig:
         self.check_mixers()
         self.check_channel_mixers()
         self.check_heads()
+        self.check_manifold()
         self.refuse_idle("use_knot_attention", self.has_knots(), "knot_block", "knot_vertices", "knot_threshold",
                          "knot_k", "knot_learned_threshold")  # fmt: skip
         self.refuse_idle("cells of their own (here anchors make them)", not self.has_anchors, "knot_block")
@@ -252,6 +270,30 @@ class GPTConfig:
         self.refuse_idle("use_bio_mlp and bio_threshold", has_events, "bio_gate", "bio_adaptive_threshold")
         self.refuse_idle("bio_adaptive_threshold", self.bio_adaptive_threshold, "bio_target_sparsity")
 
+    def check_manifold(self):
+        one_of(self, "manifold", ("sphere", "e7", "rotor"))
+        self.refuse_idle("use_manifold", self.use_manifold, "manifold", "geodesic_weight", "skip_manifold_spectral")
+        is_sphere, is_spectral = self.manifold == "sphere", self.has_spectrum
+        self.refuse_idle('use_manifold and manifold="sphere"', self.use_manifold and is_sphere, "manifold_dim")
+        self.refuse_idle('manifold="e7" or "rotor"', self.use_manifold and not is_sphere, "manifold_vectors")
+        self.refuse_idle(
+            "use_manifold and skip_manifold_spectral=False", is_spectral,
+            "n_eigenvectors", "spectral_landmarks", "spectral_refresh",
+        )  # fmt: skip
+        if self.manifold_dim < 2 or self.manifold_vectors < 1 or not 0 <= self.geodesic_weight < math.inf:
+            raise ValueError("manifold_dim must be >= 2, manifold_vectors >= 1, geodesic_weight >= 0")
+        if not 1 <= self.n_eigenvectors < self.spectral_landmarks or self.spectral_refresh < 1:
+            raise ValueError("n_eigenvectors must be in [1, spectral_landmarks), spectral_refresh >= 1")
+        if is_spectral and set(self.mixers) == {"fhn"}:
+            raise ValueError(
+                "use_manifold: fhn layers have no scores to add spectral coordinates to: set skip_manifold_spectral"
+            )
+
+    @property
+    def has_spectrum(self):
+        """Whether spectral coordinates are added to queries and keys."""
+        return self.use_manifold and not self.skip_manifold_spectral
+
     def check_heads(self):
         for name in ("mfs_K", "mfs_P", "mfs_layers", "ae_window", "slate_window"):
             if getattr(self, name) < 1:
@@ -325,9 +367,13 @@ ACTIVATIONS = {
 }
 
 
+def has_processes():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def all_reduce(counts):
     """Sum a tensor over processes, in place, where there are several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if has_processes():
         torch.distributed.all_reduce(counts)
 
 
@@ -806,15 +852,16 @@ class CausalSelfAttention(nn.Module):
         self.ferope = FeRoPE(config) if config.use_ferope else None
         self.is_anchored = config.ferope_anchor_relative
         self.block_size = config.block_size
+        self.spectral = nn.Linear(config.n_eigenvectors, config.n_embd, bias=False) if config.has_spectrum else None
         if self.activation == "sigmoid" and self.bias_mode == "learned":
             self.sigmoid_bias = nn.Parameter(torch.tensor(-math.log(config.block_size)))
         self.activity = torch.zeros(()) if config.htm_meta_strength else None  # how active each head was, by token
 
-    def forward(self, x, state=None):
+    def forward(self, x, state=None, spectrum=None):
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
-        return self.resid_dropout(self.c_proj(self.mix(x, q, k, v, state)))
+        return self.resid_dropout(self.c_proj(self.mix(x, q, k, v, state, spectrum)))
 
-    def mix(self, x, q, k, v, state):
+    def mix(self, x, q, k, v, state, spectrum):
         """Attention over the values v, by q and k, of which x is the input: all (B, T, C)."""
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
@@ -822,6 +869,9 @@ class CausalSelfAttention(nn.Module):
         now = torch.arange(past, past + T, device=x.device)
         if self.ferope is not None:
             q, k = self.ferope(q, k, self.cells.offset[past : past + T] if self.is_anchored else now)
+        if self.spectral is not None:  # the same shift of both: tokens of one community attract, at any distance
+            shift = self.spectral(spectrum.to(x.dtype)).view(B, T, self.n_head, -1).transpose(1, 2)
+            q, k = q + shift, k + shift
         knots = self.knots(x, state) if self.knots is not None else None
         if state is not None:
             keys, values, place = self.remember(state, k, v)
@@ -1150,7 +1200,7 @@ class FHNAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.activity = torch.zeros(()) if config.htm_meta_strength else None  # how active each head was, by token
 
-    def forward(self, x, state=None):
+    def forward(self, x, state=None, spectrum=None):
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
         y = self.medium(v, q, k, state) * F.silu(q)
         if self.activity is not None and self.training:
@@ -1172,9 +1222,9 @@ class KaufmannAttention(CausalSelfAttention):
         self.landscape = wavelet_map(config.n_embd, config.n_embd, config)
         self.medium = FHNMedium(config)
 
-    def forward(self, x, state=None):
+    def forward(self, x, state=None, spectrum=None):
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
-        stimulus = self.mix(x, q, k, self.landscape(F.layer_norm(v, v.shape[-1:])), state)
+        stimulus = self.mix(x, q, k, self.landscape(F.layer_norm(v, v.shape[-1:])), state, spectrum)
         return self.resid_dropout(self.c_proj(self.medium(stimulus, q, k, state) * F.silu(q)))
 
 
@@ -1503,6 +1553,207 @@ class BioMLP(nn.Module):
         if self.events is not None:
             h = self.events(h, state)
         return self.dropout(self.c_proj(h))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Manifolds: token -> point -> features, added back: x + tanh(gate) proj(f(p)), p = point(W ln(x)), the gate 0 at first.
+#   "sphere": p = W x / |W x| in manifold_dim dimensions, f = p sqrt(dim).
+#   "e7":     p = tanh(W x), 70 coordinates of E7(7)/SU(8); f = L(p) v for learned v in the 56 (kernels/e7.py).
+#   "rotor":  p = R in Spin(8), 28 angles; f = R v R^T for learned pairs v of antisymmetric 8 x 8, 28 + 28.
+# Once, after the embedding, a token at a time: x (B, T, C) -> (B, T, C), O(T C (points + features)).
+# Sources: Cremmer & Julia 1979 for the coset and its 56; Clifford rotors as products of plane rotations are classical.
+
+MANIFOLD_COORDINATES = {"e7": 70, "rotor": 28}  # a sphere has as many as it is asked for
+
+
+def rotor_rounds():
+    """The 28 planes (i, j) of 8 dimensions in 7 rounds of 4 disjoint ones: partner, plane and sign, 7 lists of 8 each.
+
+    Round r pairs 7 with r and r + k with r - k mod 7, as a tournament does; rotations of one round commute.
+    """
+    partner, plane, sign = ([[0] * 8 for _ in range(7)] for _ in range(3))
+    for r in range(7):
+        for n, (i, j) in enumerate([(7, r), *(((r + k) % 7, (r - k) % 7) for k in (1, 2, 3))]):
+            partner[r][i], partner[r][j], sign[r][i], sign[r][j] = j, i, -1, 1
+            plane[r][i] = plane[r][j] = 4 * r + n
+    return partner, plane, sign
+
+
+ROTOR_ROUNDS = rotor_rounds()
+
+
+def rotation(angles):
+    """R in SO(8), that of the rotor prod exp(angle / 2 e_j e_i) over all planes: angles (..., 28) -> (..., 8, 8)."""
+    partner, plane, sign = (torch.tensor(t, device=angles.device) for t in ROTOR_ROUNDS)
+    a = angles.reshape(-1, 28).mT  # (28, N): tokens last, rows are long
+    cos = a.cos().index_select(0, plane.flatten()).view(7, 8, 1, -1)
+    sin = (a.sin().index_select(0, plane.flatten()) * sign.view(56, 1)).view(7, 8, 1, -1)
+    R = torch.eye(8, dtype=a.dtype, device=a.device)[:, :, None]
+    for r in range(7):  # row i: cos row_i -+ sin row_j
+        R = cos[r] * R + sin[r] * R.index_select(0, partner[r])  # (8, 8, N)
+    return R.permute(2, 0, 1).unflatten(0, angles.shape[:-1])
+
+
+def rotate_pairs(R, v):
+    """R X R^T for the antisymmetric X above whose diagonals v (m, 56) lies, two each: R (..., 64) -> (..., 56 m)."""
+    shape, (i, j) = R.shape[:-1], torch.triu_indices(8, 8, 1, device=R.device)
+    X = v.new_zeros(len(v) * 2, 64).index_copy(1, 8 * i + j, v.reshape(-1, 28)).view(-1, 8, 8)
+    R = R.flatten(0, -2).mT.unflatten(0, (8, 8))  # (8, 8, N): tokens last, as `rotation` left them
+    RX = torch.bmm((X - X.mT).mT.flatten(0, 1).expand(8, -1, -1), R).unflatten(1, (-1, 8))  # (8, 2 m, 8, N)
+    turned = (RX.index_select(0, i) * R.index_select(0, j)[:, None]).sum(2)  # (28, 2 m, N)
+    return TokensFirst.apply(turned).flatten(1).unflatten(0, shape)
+
+
+def manifold_point(u, manifold):
+    """Any coordinates u (..., n) -> a point as numbers (..., P) whose Euclidean distance tells near from far.
+
+    The unit vector on a sphere, 70 coordinates in [-1, 1] for E7 (a chart of all of the coset, tangent to it at 0), the
+    64 entries of the rotation for a rotor.
+    """
+    if manifold == "sphere":
+        return F.normalize(u, dim=-1)
+    return u.tanh() if manifold == "e7" else rotation(u).flatten(-2)
+
+
+def bend(point, manifold):
+    """How far the path of the points (B, T, P) bends off its geodesics: a mean over its inner points, 0-d.
+
+    The squared second difference p_{t-1} - 2 p_t + p_{t+1}, projected on the tangent space at p_t: 0 for equal steps
+    along a great circle or a one-parameter rotation, and for straight lines in E7's chart.
+    """
+    if point.size(1) < 3:
+        return 0 * point.sum()
+    here, around = point[:, 1:-1], point[:, :-2] + point[:, 2:]
+    if manifold == "sphere":
+        second = around - (around * here).sum(-1, keepdim=True) * here
+    elif manifold == "rotor":
+        A = here.unflatten(-1, (8, 8)).mT @ around.unflatten(-1, (8, 8))
+        second = (A - A.mT).flatten(-2) / 2
+    else:
+        second = around - 2 * here
+    return second.square().sum(-1).mean()
+
+
+def in_float32(x):
+    """(x in float32 or better, a context in which it stays so): exponentials and distances do not fit in bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)), torch.autocast(x.device.type, enabled=False)
+
+
+class ManifoldProjection(nn.Module):
+    """x (B, T, C) -> what to add to it (B, T, C), points (B, T, P), and in training with geodesic_weight their bend."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.manifold, self.is_bent = config.manifold, config.geodesic_weight > 0
+        n = MANIFOLD_COORDINATES.get(config.manifold, config.manifold_dim)
+        self.ln = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.c_point = nn.Linear(config.n_embd, n, bias=config.bias)
+        features = n
+        if self.manifold != "sphere":
+            features = 56 * config.manifold_vectors
+            self.vectors = nn.Parameter(torch.randn(config.manifold_vectors, 56))
+        self.c_proj = nn.Linear(features, config.n_embd, bias=config.bias)
+        self.gate = nn.Parameter(torch.zeros(()))
+        if self.manifold == "e7":
+            self.register_buffer("active", torch.ones(70))  # the curriculum's; a checkpoint keeps it
+            self.register_buffer("hops", e7_hops(), persistent=False)
+            self.register_buffer("cartan", e7_cartan().float(), persistent=False)
+
+    def set_active(self, dims):
+        """Hold all but the first coordinates of the chain at 0: dims of them are free, one of `E7_STAGES`."""
+        k = E7_STAGES.index(dims) + 1
+        self.active.zero_()
+        self.active[:k] = 1
+        self.active[7 : 7 + sum(E7_SETS[:k])] = 1
+
+    def features(self, point):
+        """f(p), (B, T, P) -> (B, T, features), of the size of 1 an entry."""
+        if self.manifold == "sphere":
+            return point * point.size(-1) ** 0.5
+        vectors = self.vectors.to(point.dtype)
+        if self.manifold == "e7":
+            return e7_apply(point, vectors, self.hops, self.cartan.to(point.dtype)).flatten(-2)
+        return rotate_pairs(point, vectors)
+
+    def forward(self, x):
+        u, full_precision = in_float32(self.c_point(self.ln(x)))
+        with full_precision:
+            point = manifold_point(u, self.manifold)
+            if self.manifold == "e7":
+                point = point * self.active.to(u.dtype)
+            f = self.features(point)
+            bent = bend(point, self.manifold) if self.is_bent and self.training else None
+        return torch.tanh(self.gate) * self.c_proj(f.to(x.dtype)), point, bent
+
+    def flops_per_token(self, T):
+        """Of L(z) v, or of R and R v R^T: 2 FLOPs a multiply-add."""
+        if self.manifold == "sphere":
+            return 0
+        own, each = {"e7": (0, 729 + 56 * 27), "rotor": (7 * 128, 1024 + 448)}[self.manifold]
+        return 2 * (own + each * len(self.vectors))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spectral decomposition: coordinates in which communities of tokens are near, added to queries and keys.
+#   S = D^{-1/2} W D^{-1/2}, W_ij = exp(-|y_i - y_j|^2 / 2 s^2) of learned landmarks y on the manifold, D its row sums;
+#   S u = lambda u, psi = D^{-1/2} u (eigenvectors of the normalised Laplacian), the constant one left out; then
+#   psi(p) = sum_j softmax_j(-|p - y_j|^2 / 2 s^2) psi_j / lambda (Nystrom), which is psi_i at y_i, from p alone.
+# O(T (P + n_eigenvectors) landmarks). psi, lambda and s are buffers, renewed every spectral_refresh optimiser steps;
+# landmarks learn through the softmax. Sources: Belkin & Niyogi 2003; Williams & Seeger 2001; Bengio et al. 2004.
+
+
+class SpectralDecomposition(nn.Module):
+    """Points (B, T, P) -> spectral coordinates (B, T, n_eigenvectors), of mean square 1 over the landmarks."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.manifold, self.every = config.manifold, config.spectral_refresh
+        n, m = MANIFOLD_COORDINATES.get(config.manifold, config.manifold_dim), config.spectral_landmarks
+        self.landmarks = nn.Parameter(torch.randn(m, n) * 0.02 * config.n_embd**0.5)  # where tokens are at first
+        # renewed from old landmarks, so a checkpoint must keep them
+        self.register_buffer("basis", torch.zeros(m, config.n_eigenvectors))  # psi / lambda
+        self.register_buffer("width", torch.ones(()))  # 1 / s^2
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self):
+        """Decompose the graph of the landmarks as they are now: in float64, on the CPU, rank 0's result for all."""
+        y = manifold_point(self.landmarks.detach().double().cpu(), self.manifold)
+        distance = torch.cdist(y, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+        nearest = (distance + distance.max() * torch.eye(len(y), dtype=y.dtype, device="cpu")).amin(1)
+        width = 4 / nearest.mean().clamp(min=1e-12)  # s is half the typical distance to the nearest other landmark
+        W = (-distance * width / 2).exp()
+        degree = W.sum(1)
+        eigenvalues, u = torch.linalg.eigh(W / (degree[:, None] * degree).sqrt())  # ascending
+        n = self.basis.size(1)
+        psi = (degree.sum() / degree)[:, None].sqrt() * u[:, -n - 1 : -1].flip(1)  # mean square 1, weighted by degree
+        basis = psi / eigenvalues[-n - 1 : -1].flip(0).clamp(min=0.05)
+        sign = (basis * self.basis.double().cpu()).sum(0).sign()  # a coordinate goes on meaning what it meant
+        largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))[0].sign()
+        self.basis.copy_(basis * torch.where(sign == 0, largest, sign))
+        self.width.copy_(width)
+        if has_processes():
+            for buffer in (self.basis, self.width):
+                torch.distributed.broadcast(buffer, 0)
+
+    def before_step(self):
+        """Refresh every `spectral_refresh` optimiser steps, counted across checkpoints."""
+        self.steps += 1
+        if self.steps % self.every == 0:
+            self.refresh()
+
+    def forward(self, point):
+        p, full_precision = in_float32(point)
+        with full_precision:
+            y = manifold_point(self.landmarks.to(p.dtype), self.manifold)
+            nearness = (p @ y.mT - y.square().sum(-1) / 2) * self.width.to(p.dtype)  # |p|^2 is the same for all
+            return nearness.softmax(-1) @ self.basis.to(p.dtype)
+
+    def flops_per_token(self, T):
+        """Forward FLOPs: distances to the landmarks, and the sum over them."""
+        P = {"sphere": self.landmarks.size(1), "e7": 70, "rotor": 64}[self.manifold]
+        return 2 * len(self.landmarks) * (P + self.basis.size(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1848,8 +2099,8 @@ class Block(nn.Module):
         others = {WaveKAN: config.use_kan, SwiGLU: config.use_swiglu, BioMLP: config.use_bio_mlp}
         self.mlp = next((mixer for mixer, is_on in others.items() if is_on), MLP)(config)
 
-    def forward(self, x, state=None):
-        x = x + self.attn(self.ln_1(x), state)
+    def forward(self, x, state=None, spectrum=None):
+        x = x + self.attn(self.ln_1(x), state, spectrum)
         if self.feedback is not None:
             x = x + self.feedback(x, state)
         return x + self.mlp(self.ln_2(x), state)
@@ -1874,6 +2125,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
+        self.manifold = ManifoldProjection(config) if config.use_manifold else None
+        self.spectral = SpectralDecomposition(config) if config.has_spectrum else None
         self.mfs = MFSHead(config) if config.use_mfs_head else None
         self.ae = SlidingWindowAE(config) if config.add_l4_losses else None
         self.slate = None
@@ -1922,8 +2175,13 @@ class GPT(nn.Module):
         if self.config.pos_embedding == "ramanujan":
             x = x + self.transformer.positions(T, past)
         x, hiddens = self.transformer.drop(x), []
+        spectrum, bent = None, None
+        if self.manifold is not None:
+            moved, point, bent = self.manifold(x)
+            x = x + moved
+            spectrum = self.spectral(point) if self.spectral is not None else None
         for block in self.transformer.h:
-            x = block(x, state)
+            x = block(x, state, spectrum)
             hiddens = [*hiddens, x][-self.config.mfs_layers :] if self.mfs is not None else hiddens
         chunked = targets is not None and self.training and self.config.loss_chunk > 0
         last_only = slice(-1, None) if targets is None or chunked else slice(None)
@@ -1945,6 +2203,9 @@ class GPT(nn.Module):
         if self.htm is not None and self.training:
             activity = torch.cat([a for b in self.transformer.h for a in (b.attn.activity, b.mlp.activity)], -1)
             self.htm.observe(activity.flatten(0, 1), token_loss.flatten(), targets.flatten() != -1)
+        if bent is not None:
+            self.losses["geodesic"] = bent.detach()
+            loss = loss + self.config.geodesic_weight * bent
         if self.ae is not None and self.training:
             reconstruction, ahead = self.ae(h, slate, targets, weight)
             self.losses |= {"l4_reconstruction": reconstruction.detach(), "l4_next": ahead.detach()}
@@ -2076,8 +2337,11 @@ class GPT(nn.Module):
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
         if self.config.pos_embedding == "ramanujan":
             self.transformer.positions.crop(block_size)
-        for cells in (m for m in self.modules() if isinstance(m, Cells)):
-            cells.crop(block_size)
+        for module in self.modules():
+            if isinstance(module, Cells):
+                module.crop(block_size)
+            if isinstance(module, CausalSelfAttention):
+                module.block_size = block_size
 
     # Checkpoints and Hugging Face -----------------------------------------------------------------------------------
 

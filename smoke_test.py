@@ -111,6 +111,23 @@ VARIANTS = {
         "htm_meta_strength": 0.5,
         **CELLS,
     },
+    "manifold_sphere": {"use_manifold": True, "manifold_dim": 5, "skip_manifold_spectral": True},
+    "manifold_e7": {"use_manifold": True, "manifold": "e7", "skip_manifold_spectral": True},
+    "manifold_rotor": {
+        "use_manifold": True,
+        "manifold": "rotor",
+        "manifold_vectors": 2,
+        "skip_manifold_spectral": True,
+    },
+    "manifold_geodesic": {"use_manifold": True, "geodesic_weight": 0.1, "skip_manifold_spectral": True},
+    "manifold_spectral": {"use_manifold": True, "n_eigenvectors": 4, "spectral_landmarks": 16, "spectral_refresh": 5},
+    "manifold_e7_spectral": {
+        "use_manifold": True,
+        "manifold": "e7",
+        "geodesic_weight": 0.1,
+        "spectral_landmarks": 12,
+        "spectral_refresh": 3,
+    },
     "htm_lr": {"htm_meta_strength": 0.5, "htm_meta_decay": 0.5},
     "htm_momentum": {"htm_meta_strength": 0.5, "htm_meta_target": "momentum"},
     "geometric": {

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import configurator
 from configurator import ROOT, ConfigError
 from data.corpus import DataError, load_meta, load_tokenizer, open_split, replace_file
+from kernels.e7 import STAGES as E7_STAGES
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint, one_of, save_checkpoint
 
 
@@ -63,6 +64,9 @@ class TrainConfig:
     lr_decay_iters: int | None = None  # where the decay ends; None = max_iters
     min_lr: float | None = None  # where it ends; None = learning_rate / 10
     wsd_decay_share: float = 0.2  # share of lr_decay_iters in which "wsd" decays
+    # -- curriculum ---------------------------------------------------------------------------------------------------
+    curriculum: str = ""  # "" | "length" (seven stages, block_size / 16 to block_size) | "e7" (coset dimensions too)
+    curriculum_iters: int = 0  # optimiser steps of the seven stages; the last one stays
     # -- evaluation and logging ---------------------------------------------------------------------------------------
     eval_interval: int = 2000  # steps between evaluations, each followed by a checkpoint
     eval_iters: int = 200  # random batches a split and evaluation
@@ -94,6 +98,34 @@ class TrainConfig:
         one_of(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
         one_of(self, "backend", ("auto", "nccl", "gloo"))
         one_of(self, "wandb_mode", ("online", "offline"))
+        one_of(self, "curriculum", ("", "length", "e7"))
+        if bool(self.curriculum) != (self.curriculum_iters >= 7):
+            raise ValueError("curriculum and curriculum_iters (7 or more) go together: set both or neither")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curriculum: along E7's chain of subgroups, and the plain control with the same lengths.
+
+
+def curriculum(iteration, block_size, iters, kind):
+    """(tokens a sequence, active coset dimensions) of a step: a pure function, so that a resumed run goes on exactly.
+
+    Seven equal stages in `iters` steps, the last one for good; lengths grow geometrically from block_size / 16 to
+    block_size. "e7" also frees the coset's dimensions along A1 < A2 < A3 < A4 < D5 < E6 < E7; "length" has them all.
+    """
+    if not kind:
+        return block_size, E7_STAGES[-1]
+    stage = min(7 * iteration // iters, 6) if iters else 6
+    return max(1, round(block_size * 16 ** (stage / 6 - 1))), E7_STAGES[stage if kind == "e7" else 6]
+
+
+def tokens_before(iteration, sequences, block_size, iters, kind):
+    """Tokens that the steps before `iteration` saw, with so many sequences each."""
+    starts = [0, *(-(-stage * iters // 7) for stage in range(1, 7)), max(iters, iteration)] if kind else [0, iteration]
+    lengths = [curriculum(start, block_size, iters, kind)[0] for start in starts[:-1]]
+    return sequences * sum(
+        T * max(0, min(b, iteration) - a) for T, a, b in zip(lengths, starts, starts[1:])
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,13 +442,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(cfg, self.iter_num)
         starts = self.corpus.windows(TRAIN, self.iter_num, self.sequences, self.config.block_size)
+        T, dims = curriculum(self.iter_num, self.config.block_size, cfg.curriculum_iters, cfg.curriculum)
+        if cfg.curriculum == "e7":
+            self.model.manifold.set_active(dims)
         total = 0.0
         for micro in range(self.micro_steps):
             x, y = self.corpus.batch("train", starts[(first + micro) * B :][:B], self.config, self.world.device)
             if self.ddp is not None:  # gradients are averaged once, in the last backward pass
                 self.ddp.require_backward_grad_sync = micro == self.micro_steps - 1
             with self.autocast:
-                _, loss = (self.ddp or self.forward)(x, y)
+                _, loss = (self.ddp or self.forward)(x[:, :T], y[:, :T])
             self.scaler.scale(loss / self.micro_steps).backward()
             total = total + loss.detach() / self.micro_steps
         self.scaler.unscale_(self.optimizer)
@@ -426,6 +461,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.iter_num += 1
         return total, norm
+
+    def tokens(self, step):
+        """Tokens that the steps before `step` saw."""
+        cfg = self.cfg
+        return tokens_before(step, self.sequences, self.config.block_size, cfg.curriculum_iters, cfg.curriculum)
 
     @torch.no_grad()
     def mean_loss(self, batches):
@@ -491,9 +531,12 @@ class Trainer:
     def report(self, norm, seconds):
         """What a training line tells besides the loss; `seconds` is the time a step took."""
         parts = self.model.losses if len(self.model.losses) > 1 else {}
-        rate = self.tokens_per_step / seconds
+        tokens = self.tokens(self.iter_num) - self.tokens(self.iter_num - 1)
+        rate = tokens / seconds
         values = {k: v.item() for k, v in (parts | self.model.measures()).items()}
         values |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
+        if self.cfg.curriculum:
+            values["sequence_length"] = tokens // self.sequences
         values |= {"ms": seconds * 1e3, "tokens_per_s": rate}
         if memory := memory_mb(self.world.device):
             values["memory_mb"] = memory
@@ -669,6 +712,8 @@ def run(settings):
     corpus = Corpus(cfg)
     model = build_model(settings, checkpoint, corpus)
     corpus.check(model.config.block_size, model.config.vocab_size)
+    if cfg.curriculum == "e7" and model.config.manifold != "e7":
+        raise ConfigError('--curriculum=e7 frees the coset\'s coordinates: set use_manifold and manifold="e7" too')
     tokenizer = load_tokenizer(corpus.meta, corpus.folder) if cfg.sample_interval else None
     if world.is_main and not cfg.eval_only:
         prepare_out_dir(cfg, model, is_new=checkpoint is None)
@@ -731,7 +776,7 @@ def loop(trainer, log, tokenizer, stop):
             results = trainer.evaluate_and_save()
             if log:
                 measured = {k: v.item() for k, v in trainer.model.measures().items()}
-                log.evaluation(i, {"tokens": i * trainer.tokens_per_step, **results, **measured})
+                log.evaluation(i, {"tokens": trainer.tokens(i), **results, **measured})
         if i >= cfg.max_iters:
             return
         if log and cfg.sample_interval and i and i % cfg.sample_interval == 0:
@@ -744,7 +789,7 @@ def loop(trainer, log, tokenizer, stop):
             seconds = (time.perf_counter() - clock) / (trainer.iter_num - logged)
             logged, clock = trainer.iter_num, time.perf_counter()
             if log:
-                log.training(i, {"tokens": trainer.iter_num * trainer.tokens_per_step, "loss": loss}
+                log.training(i, {"tokens": trainer.tokens(trainer.iter_num), "loss": loss}
                              | trainer.report(norm, seconds))  # fmt: skip
         if world.sum([float(stop.requested)])[0]:
             look()

@@ -60,7 +60,7 @@ class Medium:
     """The parameters as the deviations need them: (C,) each, in the type that sums are kept in."""
 
     def __init__(self, D, a, b, eps, dt, steps, dtype):
-        D, self.a, self.b, self.eps = (x.detach().to(dtype) for x in (D, a, b, eps))
+        D, self.a, self.b, self.eps = (x.to(dtype) for x in (D, a, b, eps))
         self.dt, self.dtD, self.one = dt, D * dt, torch.ones_like(D)
         self.p = torch.addcmul(self.one, self.eps, self.b, value=dt).reciprocal_()
         self.Q = self.eps * self.p * -(dt**2)
@@ -205,7 +205,7 @@ class Adjoint:
 def saved(B, T, C, steps, like):
     """Empty (B, n, steps, C) for the backward: states of every site and of the one before, or of those before blocks."""
     length = block_length(B, C)
-    n = T + 1 if T <= length else len(blocks(T, length))
+    n = T + 1 if length >= T else len(blocks(T, length))
     return like.new_empty(steps, B, n, C, dtype=sum_dtype(like)).permute(1, 2, 0, 3)
 
 
@@ -218,7 +218,7 @@ def torch_forward(stimulus, conductance, D, a, b, eps, dt, steps, state):
     medium, carries = Medium(D, a, b, eps, dt, steps, dtype), saved(*stimulus.shape, steps, stimulus)
     out = torch.empty_like(stimulus, memory_format=torch.contiguous_format)
     I, g = Stage(stimulus, length, dtype), Stage(conductance, length, dtype)
-    whole = T <= length
+    whole = length >= T
     states = carries.unbind(2) if whole else [carries.new_empty(B, length + 1, C)] * steps
     block = Block(medium, B, min(T, length), C, states)
     units = medium.one.new_tensor(medium.units)[:, None]
@@ -237,7 +237,7 @@ def torch_backward(grad, stimulus, conductance, D, a, b, eps, dt, steps, carries
     (B, T, C), dtype, length = stimulus.shape, sum_dtype(stimulus), block_length(*stimulus.shape[::2])
     results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (stimulus, conductance)]
     G, I, g, *outputs = (Stage(x, length, dtype) for x in (grad, stimulus, conductance, *results))
-    whole = T <= length
+    whole = length >= T
     states = carries.unbind(2) if whole else carries.new_empty(steps, B, length + 1, C).unbind()
     block = Block(Medium(D, a, b, eps, dt, steps, dtype), B, min(T, length), C, states)
     adjoint = Adjoint(block)

@@ -28,6 +28,8 @@ HARD_CHOICES = {"knots", "knots_learned", "knots_and_rings", "kaufmann", "kaufma
     "bio_adaptive",
     "bio_dendrites",
 }
+# variants whose training two processes repeat in float64: AdamW scales up the rounding of gradients that nearly vanish
+ROUNDING = HARD_CHOICES | {"manifold_spectral"}
 KERNEL_SUMS = set()  # variants whose kernels may reorder sums: causal to 1e-6 and not to the last bit
 
 pytestmark = pytest.mark.parametrize("name", VARIANTS)
@@ -216,6 +218,7 @@ def ddp_worker(rank, folder, names):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for name in names:
         model, _ = build(VARIANTS[name])
+        model = model.double() if name in ROUNDING else model
         train(model, 4, slice(4 * rank, 4 * rank + 4), DistributedDataParallel(model))
         if rank == 0:
             torch.save(model.state_dict(), f"{folder}/{name}.pt")
@@ -234,6 +237,7 @@ def ddp_folder(tmp_path_factory):
 @pytest.mark.xdist_group("ddp")
 def test_two_processes_equal_one(name, ddp_folder):
     model, _ = build(VARIANTS[name])
+    model = model.double() if name in ROUNDING else model
     train(model, 4)
     two = torch.load(ddp_folder / f"{name}.pt", weights_only=True)
     for key, value in model.state_dict().items():

@@ -42,15 +42,18 @@ def test_interpreted(cli, names):
 # Run by the interpreter.
 
 
-def agree(tolerance, named, what):
-    """Each (ours, want) within `tolerance` of the largest value."""
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}  # for results of this type
+
+
+def agree(named, what, looser=1):
+    """Each (ours, want) within the tolerance, relative to the larger of 1 and the greatest value."""
     for name, (ours, want) in named.items():
         assert ours.shape == want.shape, (name, what)
-        error = (ours.double() - want).abs().max() / want.abs().max().clamp(min=1e-3)
-        assert error < tolerance, f"{name}: {error:.1e} with {what}"  # a nan fails as well
+        error = (ours.double() - want).abs().max() / want.abs().max().clamp(min=1)
+        assert error < looser * TOLERANCE[ours.dtype], f"{name}: {error:.1e} with {what}"  # a nan fails as well
 
 
-def check_scan(tolerance, B, T, C, dtype=torch.float32):
+def check_scan(B, T, C, dtype=torch.float32, looser=1):
     from kernels.scan_triton import triton_backward, triton_forward
 
     A, b, grad = torch.rand(B, T, C).to(dtype), torch.randn(B, T, C).to(dtype), torch.randn(B, T, C).to(dtype)
@@ -63,15 +66,15 @@ def check_scan(tolerance, B, T, C, dtype=torch.float32):
     gradients = triton_backward(grad, A, h, h0)
     named = {"h": (h, want.detach())}
     named |= {name: (ours, x.grad) for name, ours, x in zip(("dA", "db", "dh0"), gradients, inputs)}
-    agree(tolerance, named, (B, T, C, dtype))
+    agree(named, (B, T, C, dtype), looser)
 
 
 @interpreted
 def scans():
     for shape in ((2, 1, 5), (1, 2, 1), (1, 31, 9), (1, 32, 8), (1, 33, 1), (2, 65, 5), (1, 200, 5), (1, 64, 33)):
-        check_scan(1e-5, *shape)
-    check_scan(1e-2, 1, 70, 5, torch.bfloat16)
-    check_scan(2e-3, 1, 70, 5, torch.float16)
+        check_scan(*shape)
+    check_scan(1, 70, 5, torch.bfloat16, looser=2)  # the backward reads a rounded h
+    check_scan(1, 70, 5, torch.float16, looser=2)
 
 
 @interpreted
@@ -79,8 +82,8 @@ def scan_contracts():
     """Any strides; equal runs; no result shares memory; the traffic is what bytes_moved says."""
     from kernels.scan_triton import bytes_moved, triton_backward, triton_forward
 
-    A, b, grad, h0 = torch.rand(5, 2, 40).mT.mT, torch.randn(2, 5, 40).mT, torch.randn(1, 1, 5).expand(2, 40, 5), None
-    A, h0 = torch.rand(40, 2, 5).transpose(0, 1), torch.randn(5, 2).T
+    A, b, h0 = torch.rand(40, 2, 5).transpose(0, 1), torch.randn(2, 5, 40).mT, torch.randn(5, 2).T
+    grad = torch.randn(1, 1, 5).expand(2, 40, 5)
     h, moved = traffic_of(triton_forward, A, b, h0)
     assert moved == bytes_moved(2, 40, 5)
     gradients, moved = traffic_of(triton_backward, grad, A, h, h0)
@@ -103,7 +106,7 @@ def medium(B, T, C, dtype=torch.float32, coupling=200.0):
 NAMES = ("d_stimulus", "d_conductance", "dD", "da", "db", "deps")
 
 
-def check(tolerance, B, T, C, steps, dtype=torch.float32, dt=0.5, with_state=True, coupling=200.0):
+def check(B, T, C, steps, dtype=torch.float32, dt=0.5, with_state=True, coupling=200.0, looser=1):
     from kernels.fhn_triton import saved, triton_backward, triton_forward
 
     inputs, grad = medium(B, T, C, dtype, coupling), torch.randn(B, T, C).to(dtype)
@@ -119,38 +122,38 @@ def check(tolerance, B, T, C, steps, dtype=torch.float32, dt=0.5, with_state=Tru
     for name, ours, x in zip(NAMES, gradients, exact):
         assert ours.dtype == (dtype if x.dim() == 3 else torch.float32)
         named[name] = ours, torch.zeros_like(x) if x.grad is None else x.grad
-    agree(tolerance, named, (B, T, C, steps, dtype))
+    agree(named, (B, T, C, steps, dtype), looser)
 
 
 @interpreted
 def one_step():
     for T, C in ((1, 5), (2, 1), (63, 5), (64, 1), (65, 9)):
-        check(2e-5, 1, T, C, 1)
+        check(1, T, C, 1)
 
 
 @interpreted
 def two_steps():
     for T, C in ((1, 1), (2, 5), (33, 8), (63, 1), (64, 5), (65, 33)):
-        check(2e-5, 1, T, C, 2)
-    check(2e-5, 2, 40, 3, 2, with_state=False)
-    check(2e-5, 1, 200, 5, 2)
+        check(1, T, C, 2)
+    check(2, 40, 3, 2, with_state=False)
+    check(1, 200, 5, 2)
 
 
 @interpreted
 def more_steps():
     for T, C, steps in ((1, 5, 4), (65, 5, 4), (64, 1, 3), (34, 5, 8)):
-        check(2e-5, 2 if T == 1 else 1, T, C, steps)
-    check(2e-5, 1, 200, 1, 4)
+        check(2 if T == 1 else 1, T, C, steps)
+    check(1, 200, 1, 4)
 
 
 @interpreted
 def low_precision():
-    check(1e-2, 1, 65, 5, 2, torch.bfloat16)
-    check(1e-2, 1, 33, 5, 4, torch.bfloat16)
-    check(1e-2, 1, 2, 5, 1, torch.bfloat16)
-    check(2e-3, 1, 40, 5, 2, torch.float16)
+    check(1, 65, 5, 2, torch.bfloat16)
+    check(1, 33, 5, 4, torch.bfloat16)
+    check(1, 2, 5, 1, torch.bfloat16)
+    check(1, 40, 5, 2, torch.float16)
     with pytest.raises(ValueError, match="must be float32, bfloat16 or float16"):
-        check(1, 1, 2, 5, 1, torch.float64)
+        check(1, 2, 5, 1, torch.float64)
 
 
 @interpreted
@@ -158,13 +161,11 @@ def limits():
     """Nearly total coupling; none at all, where every site is alone; and a constant stays one."""
     from kernels.fhn_triton import triton_backward, triton_forward
 
-    check(2e-4, 1, 70, 3, 2, coupling=1e5)
-    stimulus, conductance, *rest = medium(1, 40, 5)
+    check(1, 70, 3, 2, coupling=1e5, looser=10)
+    stimulus, conductance, *rest = medium(1, 12, 5)
     alone, _, carries = triton_forward(stimulus, conductance * 0, *rest, 0.5, 2, None)
-    each = triton_forward(stimulus.mT.reshape(-1, 1, 1).expand(-1, 1, 5), torch.zeros(200, 1, 5), *rest, 0.5, 2, None)[
-        0
-    ]
-    torch.testing.assert_close(alone, each.view(5, 40, 5).diagonal(dim1=0, dim2=2)[None])
+    each = triton_forward(stimulus.mT.reshape(-1, 1, 1).expand(-1, 1, 5), torch.zeros(60, 1, 5), *rest, 0.5, 2, None)[0]
+    torch.testing.assert_close(alone, each.view(5, 12, 5).diagonal(dim1=0, dim2=2)[None])
     gradients = triton_backward(torch.ones_like(alone), stimulus, conductance * 0, *rest, 0.5, 2, carries)
     assert all(x.isfinite().all() for x in gradients) and gradients[1].abs().max() > 0
     rest[1].fill_(0.7)
@@ -198,7 +199,7 @@ def traffic_of(function, *args):
 
     def count(ptrs, mask):
         element = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
-        moved.append(element * len(np.unique(ptrs.data[mask.data])))
+        moved.append(element * len(np.unique(ptrs.data[mask.data.astype(bool)])))
 
     def create_masked_load(self, ptrs, mask, *rest):
         count(ptrs, mask)
