@@ -17,15 +17,19 @@ import heapq
 import math
 import os
 import pickle
+import zlib
 from bisect import bisect_right
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.block_sparse import Route, block_sparse_attention
+from kernels.block_sparse import Route, block_sparse_attention, reference
 from kernels.e7 import SETS as E7_SETS
 from kernels.e7 import STAGES as E7_STAGES
 from kernels.e7 import TokensFirst, e7_apply, e7_cartan, e7_hops
@@ -146,6 +150,31 @@ class GPTConfig:
     ae_window: int = 8  # hidden states that it encodes
     ae_dim: int = 0  # its bottleneck; 0 = n_embd // 4
     slate_window: int = 8  # hidden states that the auto-encoder's slate is the mean of, where there are no regions
+    # -- local learning -----------------------------------------------------------------------------------------------
+    method: str = "bp"  # how errors go back: "bp" | "fa" (random weights) | "sign_sym" (signs of W) | "dfa" (straight)
+    frozen_seed: int = 1337  # of what is random and never trained: feedback, probes, subspaces, codes
+    fa_init_mode: str = "gaussian"  # of fa: "gaussian" | "orthogonal" | "ortho_he" (He variance) | "sparse"
+    fa_sparse_k: int = 0  # of "sparse": non-zeros a row; 0 = in / 16
+    sign_sym_scale: str = "mean"  # of sign_sym: "mean" (of |W|) | "init" (W's first std) | "frozen_magnitude" (random)
+    dfa_granularity: str = "sublayer"  # of dfa: errors arrive after each "sublayer" | "block"
+    dfa_feedback: str = "matrix"  # of dfa: "matrix" (random) | "skip" (control: the uncut residual stream alone)
+    fa_grape: bool = False  # of fa and dfa: turn feedback towards the true Jacobian by forward-mode probes
+    fa_grape_every: int = 10  # optimiser steps between probes
+    fa_grape_n_probe: int = 32  # random vectors a layer (fa), sequences a probe (dfa)
+    fa_grape_lr: float = 0.1  # how far a probe turns feedback: 1 = by its own length
+    fa_calibrate_every: int = 0  # every so many steps, one of true backpropagation; 0 = never
+    freeze_blocks: int = 0  # so many lowest blocks stay as they were drawn
+    freeze_emb: bool = False  # token and position embeddings stay as they were drawn
+    # -- surrogates and limits ----------------------------------------------------------------------------------------
+    ste_sigmoid: bool = False  # of attn_mode="sigmoid": its backward leaves out A (1 - A)
+    ste_gelu: bool = False  # the backward leaves out gelu'
+    ln_mode: str = "bp"  # backward of norms: "bp" | "ste" (identity) | "center_scale" | "projected" (equal to "bp")
+    fuse_attn_local: bool = False  # softmax and value mix as one function with a hand-written, local backward
+    mlp_topk: int = 0  # hidden units of an MLP that may speak, by magnitude; 0 = all
+    resid_topk: int = 0  # channels of the residual stream that survive a block, by magnitude; 0 = all
+    vq_codes: int = 0  # after each block, the nearest of so many frozen directions, magnitude kept; 0 = off
+    vq_lattice: str = ""  # "" | "e7" (after each block, groups of 7 channels to the nearest E7 point)
+    subspace_rank: int = 0  # after each block, onto one frozen subspace of this dimension; 0 = off
     # -- meta-updates -------------------------------------------------------------------------------------------------
     htm_meta_strength: float = 0.0  # scale a column's update by 1 +- this, by how well it predicts; 0 = off
     htm_meta_decay: float = 0.99  # a step: how long a column's success is remembered
@@ -190,6 +219,7 @@ class GPTConfig:
         self.check_channel_mixers()
         self.check_heads()
         self.check_manifold()
+        self.check_local_learning()
         self.refuse_idle("use_knot_attention", self.has_knots(), "knot_block", "knot_vertices", "knot_threshold",
                          "knot_k", "knot_learned_threshold")  # fmt: skip
         self.refuse_idle("cells of their own (here anchors make them)", not self.has_anchors, "knot_block")
@@ -293,6 +323,65 @@ class GPTConfig:
     def has_spectrum(self):
         """Whether spectral coordinates are added to queries and keys."""
         return self.use_manifold and not self.skip_manifold_spectral
+
+    def check_local_learning(self):
+        choices = {"method": METHODS, "fa_init_mode": FA_INITS, "sign_sym_scale": SIGN_SCALES, "ln_mode": NORMS}
+        choices |= {"dfa_granularity": ("sublayer", "block"), "dfa_feedback": ("matrix", "skip")}
+        choices |= {"vq_lattice": ("", "e7")}
+        for name, known in choices.items():
+            one_of(self, name, known)
+        is_fa, is_dfa, is_sigmoid = self.method == "fa", self.method == "dfa", "sigmoid" in self.mixers
+        self.refuse_idle('method="fa"', is_fa, "fa_init_mode")
+        self.refuse_idle('fa_init_mode="sparse"', self.fa_init_mode == "sparse", "fa_sparse_k")
+        self.refuse_idle('method="sign_sym"', self.method == "sign_sym", "sign_sym_scale")
+        self.refuse_idle('method="dfa"', is_dfa, "dfa_granularity", "dfa_feedback")
+        can_turn = is_fa or (is_dfa and self.dfa_feedback == "matrix")
+        self.refuse_idle('method="fa" or "dfa" with a matrix', can_turn, "fa_grape")
+        self.refuse_idle("fa_grape", self.fa_grape, "fa_grape_every", "fa_grape_n_probe", "fa_grape_lr")
+        self.refuse_idle('a method other than "bp"', self.method != "bp", "fa_calibrate_every")
+        self.refuse_idle("a sigmoid layer", is_sigmoid, "ste_sigmoid")
+        self.refuse_idle("a softmax layer", "softmax" in self.mixers, "fuse_attn_local")
+        self.refuse_idle('mlp_act="gelu"', self.mlp_act == "gelu", "ste_gelu")
+        is_frozen = self.method != "bp" or self.vq_codes or self.subspace_rank
+        self.refuse_idle("something frozen (method, vq_codes, subspace_rank)", is_frozen, "frozen_seed")
+        for name in ("fa_sparse_k", "fa_calibrate_every", "mlp_topk", "resid_topk", "vq_codes", "subspace_rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
+        if self.fa_grape_every < 1 or self.fa_grape_n_probe < 1 or not 0 < self.fa_grape_lr <= 1:
+            raise ValueError("fa_grape_every and fa_grape_n_probe must be >= 1, fa_grape_lr in (0, 1]")
+        if self.fa_calibrate_every == 1:
+            raise ValueError('fa_calibrate_every=1 is backpropagation: write method="bp", or at least 2')
+        if (self.method != "bp" or self.freeze_emb) and self.tie_weights:
+            raise ValueError("method and freeze_emb need tie_weights=False: the head would move the embedding")
+        if is_dfa and self.dfa_granularity == "block" and self.n_layer < 2:
+            raise ValueError('dfa_granularity="block" needs two blocks: write dfa_granularity="sublayer" or n_layer=2')
+        if is_dfa and self.fa_grape and set(self.mixers) - {"softmax", "sigmoid"}:
+            raise ValueError("fa_grape under dfa needs forward mode: attn_mode softmax or sigmoid in every layer")
+        if self.method != "bp" and self.htm_meta_strength:
+            raise ValueError('htm_meta_strength scales columns of c_attn: it needs method="bp"')
+        if not 0 <= self.freeze_blocks <= self.n_layer:
+            raise ValueError(f"freeze_blocks={self.freeze_blocks}: must be 0 to n_layer={self.n_layer}")
+        if self.fuse_attn_local and (self.dropout or self.use_block_sparse or self.has_knots() or is_sigmoid):
+            raise ValueError("fuse_attn_local is dense softmax: no dropout, no use_block_sparse, no knots, no sigmoid")
+        if self.ste_sigmoid and self.has_knots():
+            raise ValueError("ste_sigmoid goes through a dense mask: leave out use_knot_attention")
+        others = ("loss_chunk", "use_mfs_head", "add_l4_losses", "use_kan", "use_bio_mlp")
+        if self.method != "bp" and (found := [name for name in others if getattr(self, name)]):
+            raise ValueError(f'{found[0]} multiplies outside of linear layers: it needs method="bp"')
+        if self.method != "bp" and "kaufmann" in self.mixers:
+            raise ValueError('attn_mode="kaufmann" multiplies outside of linear layers: it needs method="bp"')
+        if is_dfa and self.has_spectrum:
+            raise ValueError("spectral coordinates reach around dfa's cuts: set skip_manifold_spectral=True")
+        mixers = self.use_kan or self.use_bio_mlp or self.use_swiglu
+        self.refuse_idle("the plain MLP", not mixers, "mlp_topk", "ste_gelu")
+        widths = {"mlp_topk": 4 * self.n_embd, "resid_topk": self.n_embd, "subspace_rank": self.n_embd}
+        for name, width in widths.items():
+            if getattr(self, name) >= width:
+                raise ValueError(f"{name}={getattr(self, name)} keeps everything: must be below {width}")
+        if self.vq_codes == 1:
+            raise ValueError("vq_codes=1 leaves one direction: must be at least 2")
+        if self.vq_lattice and self.n_embd % 7:
+            raise ValueError(f"vq_lattice needs groups of 7 channels: n_embd={self.n_embd} is no multiple of 7")
 
     def check_heads(self):
         for name in ("mfs_K", "mfs_P", "mfs_layers", "ae_window", "slate_window"):
@@ -414,6 +503,291 @@ def append_kv(store, k, v):
     store["kv"][1, :, :, start:n] = v
     store["n"] = n
     return store["kv"][0, :, :, :n], store["kv"][1, :, :, :n]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors sent elsewhere: y is computed as always, and its parameters get exact gradients, but the error that reaches the
+# input x follows another rule: y(x.detach()) joined with x by `Redirect`. Everything below is built on it, costs no
+# memory of its own, and is switched off by `exact` (real backpropagation: calibration steps and diagnostics) and in
+# forward mode (GrAPE), where the layer itself is differentiated.
+
+
+class Redirect(torch.autograd.Function):
+    """y, unchanged; backward: y gets its error g, and x gets rule(g, *saved). `rule` is a function below."""
+
+    @staticmethod
+    def forward(y, x, rule, *saved):
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, x, ctx.rule, *saved = inputs
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(*saved)
+
+    @staticmethod
+    def backward(ctx, g):
+        saved = ctx.saved_tensors
+        sent = ctx.rule(g, *saved).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return g, sent, None, *(None for _ in saved)
+
+
+def has_tangent(x):
+    """Whether x carries a forward-mode derivative, which kernels and redirected errors would lose."""
+    return not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None
+
+
+def is_exact(module, x):
+    return module.exact or has_tangent(x)
+
+
+def set_exact(model, on):
+    """Turn real backpropagation on or off everywhere in `model`; forward values stay the same."""
+    for module in model.modules():
+        if hasattr(module, "exact"):
+            module.exact = on
+
+
+@contextmanager
+def exactly(model):
+    """Real backpropagation inside the block, whatever the rule is outside."""
+    before = {m: m.exact for m in model.modules() if hasattr(m, "exact")}
+    set_exact(model, True)
+    try:
+        yield
+    finally:
+        for module, on in before.items():
+            module.exact = on
+
+
+def pass_through(g):
+    return g
+
+
+def straight_through(x, y):
+    """y, of x's shape, with the gradient of x."""
+    return x + (y - x).detach() if has_tangent(x) else Redirect.apply(y.detach(), x, pass_through)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LocalLinear: y = W x + b; x (..., in) -> (..., out). With error g at y, dW = g x^T and db = g are exact, and x hears
+#   bp, dfa: W^T g        fa: B^T g, B fixed and random        sign_sym: s sign(W)^T g, s = mean |W| or a fixed size
+# B has the shape of W. Cost: the matrix products of backpropagation, and one pass over W for sign_sym. Sources:
+# Lillicrap et al. 2016 (arXiv 1411.0247), Liao et al. 2016 (1510.05067), Xiao et al. 2019 (1811.03567).
+
+METHODS = ("bp", "fa", "dfa", "sign_sym")
+FA_INITS = ("gaussian", "orthogonal", "ortho_he", "sparse")
+SIGN_SCALES = ("mean", "init", "frozen_magnitude")
+
+
+def feedback_matrix(out_features, in_features, mode, std, sparse_k, generator):
+    """Random feedback B (out, in), float32 on the CPU; std is the weights' own.
+
+    "gaussian": N(0, std). "orthogonal": orthonormal rows or columns, whichever are fewer. "ortho_he": the same with
+    entries of variance 2 / out (B sums over out errors). "sparse": sparse_k non-zeros a row (0: in / 16), N(0, std)
+    scaled so that the row keeps its variance.
+    """
+    shape = (out_features, in_features)
+    if mode in ("orthogonal", "ortho_he"):
+        B = nn.init.orthogonal_(torch.empty(shape, device="cpu"), generator=generator)
+        return B * math.sqrt(2 * max(shape) / out_features) if mode == "ortho_he" else B
+    B = std * torch.randn(shape, generator=generator, device="cpu")
+    if mode == "sparse":
+        k = min(sparse_k or max(1, in_features // 16), in_features)
+        kept = torch.rand(shape, generator=generator, device="cpu").topk(k, dim=1).indices
+        B *= math.sqrt(in_features / k) * torch.zeros(shape, device="cpu").scatter_(1, kept, 1.0)
+    return B
+
+
+def send_fixed(g, B):
+    return g @ B.to(g.dtype)
+
+
+def send_sign(g, W, magnitude):
+    return g @ sign_feedback(W, magnitude).to(g.dtype)
+
+
+def sign_feedback(W, magnitude):
+    """sign(W) times a magnitude: a number, a matrix, or by default mean |W|, which is nearest to W."""
+    return W.sign() * (W.abs().mean() if magnitude is None else magnitude)
+
+
+class LocalLinear(nn.Linear):
+    """nn.Linear whose input hears of errors by `method`; with "bp" and "dfa" it is nn.Linear to the last bit.
+
+    init_mode and sparse_k shape B ("fa"), sign_scale the magnitudes ("sign_sym": "mean", "init" or
+    "frozen_magnitude"), std is the weights' (default: nn.Linear's own) and seed that of the drawing. `feedback` is
+    saved. ValueError for names that do not exist.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, method="bp", init_mode="gaussian", sparse_k=0,
+                 sign_scale="mean", std=None, seed=0):  # fmt: skip
+        super().__init__(in_features, out_features, bias)
+        for value, known in ((method, METHODS), (init_mode, FA_INITS), (sign_scale, SIGN_SCALES)):
+            if value not in known:
+                raise ValueError(f"{value!r}: must be one of {', '.join(known)}")
+        self.method, self.exact = method, False
+        std = 1 / math.sqrt(3 * in_features) if std is None else std
+        generator, feedback = torch.Generator("cpu").manual_seed(seed), None
+        if method == "fa":
+            feedback = feedback_matrix(out_features, in_features, init_mode, std, sparse_k, generator)
+        elif method == "sign_sym" and sign_scale == "frozen_magnitude":
+            feedback = feedback_matrix(out_features, in_features, "gaussian", std, 0, generator).abs()
+        elif method == "sign_sym" and sign_scale == "init":
+            feedback = torch.tensor(std)
+        if method in ("fa", "sign_sym"):
+            self.register_buffer("feedback", None if feedback is None else feedback.to(self.weight))
+
+    def forward(self, x):
+        if self.method in ("bp", "dfa") or is_exact(self, x):
+            return super().forward(x)
+        y = super().forward(x.detach())
+        if self.method == "fa":
+            return Redirect.apply(y, x, send_fixed, self.feedback)
+        return Redirect.apply(y, x, send_sign, self.weight, self.feedback)
+
+    def error_weight(self):
+        """What the error passes through on its way back, in the shape of W."""
+        if self.method == "sign_sym":
+            return sign_feedback(self.weight.detach(), self.feedback)
+        return self.feedback if self.method == "fa" else self.weight.detach()
+
+
+def localise(module, config, depth=""):
+    """Make every nn.Linear inside `module` a LocalLinear by config.method, before the weights are initialised."""
+    for name, child in module.named_children():
+        path = f"{depth}.{name}" if depth else name
+        if type(child) is not nn.Linear:
+            localise(child, config, path)
+            continue
+        std = 0.02 / math.sqrt(2 * config.n_layer) if name in ("c_proj", "o_proj") else 0.02
+        linear = LocalLinear(
+            child.in_features, child.out_features, child.bias is not None, config.method, config.fa_init_mode,
+            config.fa_sparse_k, config.sign_sym_scale, std, seed=config.frozen_seed + zlib.crc32(path.encode()),
+        )  # fmt: skip
+        setattr(module, name, linear)
+
+
+def split_c_attn(weights):
+    """A state dict with separate q_proj, k_proj, v_proj and o_proj, from one with attn.c_attn and attn.c_proj."""
+    split = {}
+    for name, w in weights.items():
+        stem, dot, kind = name.rpartition(".")
+        if stem.endswith("attn.c_attn"):
+            split |= {f"{stem[:-6]}{p}_proj.{kind}": part.clone() for p, part in zip("qkv", w.chunk(3))}
+        elif stem.endswith("attn.c_proj"):
+            split[f"{stem[:-6]}o_proj.{kind}"] = w
+        else:
+            split[name] = w
+    return split
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Surrogate gradients: activations and norms whose backward leaves something out, z = (x - mean) / sigma.
+#   ste_sigmoid, ste_gelu: dx = dy. ln_mode, with g = dy w: "ste" dx = dy, "center_scale" dx = (g - mean g) / sigma,
+#   "projected" dx = (g - mean g - z mean(g z)) / sigma, which is the exact gradient: it is here to be compared with.
+# Gains and biases of norms get exact gradients in every mode. Straight-through: Bengio et al. 2013, arXiv 1308.3432.
+
+
+class SigmoidSTE(nn.Module):
+    """sigmoid(x), any shape; the backward leaves out y (1 - y)."""
+
+    exact = False
+
+    def forward(self, x):
+        return x.sigmoid() if is_exact(self, x) else straight_through(x, x.detach().sigmoid())
+
+
+class GELUSTE(nn.Module):
+    """gelu(x), exact form, any shape; the backward leaves out gelu'(x)."""
+
+    exact = False
+
+    def forward(self, x):
+        return F.gelu(x) if is_exact(self, x) else straight_through(x, F.gelu(x.detach()))
+
+
+class LayerNormSTE(nn.LayerNorm):
+    """Layer norm whose error passes as it is."""
+
+    exact = False
+
+    def forward(self, x):
+        if is_exact(self, x):
+            return super().forward(x)
+        return Redirect.apply(super().forward(x.detach()), x, pass_through)
+
+
+def center_scale(g, z, rstd, weight):
+    g = g if weight is None else g * weight
+    return (g - g.mean(-1, keepdim=True)) * rstd
+
+
+def project_out(g, z, rstd, weight):
+    g = g if weight is None else g * weight
+    return (g - g.mean(-1, keepdim=True) - z * (g * z).mean(-1, keepdim=True)) * rstd
+
+
+class LayerNormCenterScale(LayerNormSTE):
+    """Layer norm whose error is centred and divided by sigma."""
+
+    rule = staticmethod(center_scale)
+
+    def forward(self, x):
+        if is_exact(self, x):
+            return nn.LayerNorm.forward(self, x)
+        z, _, rstd = torch.native_layer_norm(x.detach(), self.normalized_shape, None, None, self.eps)
+        y = z if self.weight is None else z * self.weight
+        y = y if self.bias is None else y + self.bias
+        return Redirect.apply(y, x, self.rule, z, rstd, self.weight)
+
+
+class LayerNormProjectedSurrogate(LayerNormCenterScale):
+    """Layer norm with its error's components along 1 and z taken out: the exact gradient, written by hand."""
+
+    rule = staticmethod(project_out)
+
+
+NORMS = {
+    "bp": nn.LayerNorm,
+    "ste": LayerNormSTE,
+    "center_scale": LayerNormCenterScale,
+    "projected": LayerNormProjectedSurrogate,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax attention with a local backward (fuse_attn_local): A = softmax(S), O = A V, and for an error dO,
+#   dS = A (<dO, V_j> - <dO, O>), dV = A^T dO: what autograd computes, written with a row's own numbers alone.
+# O(T^2) with T x T matrices in memory. The second term is FlashAttention's D (Dao et al. 2022, arXiv 2205.14135).
+
+
+class SoftmaxValueMixLocal(torch.autograd.Function):
+    """softmax(S) V; scores S (..., T, n) with -inf where a key is not seen, V (..., n, hs) -> (..., T, hs)."""
+
+    @staticmethod
+    def forward(S, V):
+        A = S.softmax(-1)
+        return A @ V, A
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        O, A = output
+        ctx.mark_non_differentiable(A)
+        ctx.save_for_backward(inputs[1], O, A)
+
+    @staticmethod
+    def backward(ctx, dO, _):
+        V, O, A = ctx.saved_tensors
+        dS = (dO @ V.mT).sub_((dO * O).sum(-1, keepdim=True)).mul_(A)
+        return dS, A.mT @ dO
+
+
+def local_attention(q, k, v):
+    """Causal softmax attention, q, k, v (B, nh, T, hs), through SoftmaxValueMixLocal."""
+    (B, nh, T, hs), (q, k, v) = q.shape, (x.flatten(0, 1) for x in (q, k, v))
+    mask = q.new_full((T, T), -torch.inf).triu(1)
+    return SoftmaxValueMixLocal.apply(torch.baddbmm(mask, q, k.mT, alpha=hs**-0.5), v)[0].view(B, nh, T, hs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -828,12 +1202,13 @@ def causal_attention(q, k, v, dropout=0.0):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
-def sigmoid_attention(q, k, v, row_bias, mask, bias=0.0, dropout=0.0):
+def sigmoid_attention(q, k, v, row_bias, mask, bias=0.0, dropout=0.0, ste=None):
     """sigmoid(q k^T / sqrt(hs) + row_bias + bias) v over the keys in mask; q (B, nh, T, hs), k and v (B, nh, n, hs).
 
-    row_bias (T,); mask and bias broadcast to (B, nh, T, n).
+    row_bias (T,); mask and bias broadcast to (B, nh, T, n); ste: a SigmoidSTE, whose error must not reach masked keys.
     """
-    att = torch.sigmoid((q @ k.mT * q.size(-1) ** -0.5 + row_bias[:, None] + bias).to(q.dtype)) * mask
+    scores = (q @ k.mT * q.size(-1) ** -0.5 + row_bias[:, None] + bias).to(q.dtype)
+    att = scores.sigmoid() * mask if ste is None else ste(scores).masked_fill(~mask, 0.0)
     return F.dropout(att, dropout) @ v
 
 
@@ -844,8 +1219,13 @@ class CausalSelfAttention(nn.Module):
         self.is_sparse = config.use_block_sparse or config.has_knots(layer)
         self.activation = "sigmoid" if config.mixer(layer) == "sigmoid" else "softmax"
         self.bias_mode = config.sigmoid_bias_mode
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.is_split, self.is_local = config.method != "bp", config.fuse_attn_local
+        if self.is_split:  # each with its own feedback
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                setattr(self, name, nn.Linear(config.n_embd, config.n_embd, bias=config.bias))
+        else:
+            self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+            self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.cells = Cells(config, layer) if config.has_cells else None
         self.knots = KnotGate(config, self.cells) if config.has_knots(layer) else None
@@ -853,11 +1233,15 @@ class CausalSelfAttention(nn.Module):
         self.is_anchored = config.ferope_anchor_relative
         self.block_size = config.block_size
         self.spectral = nn.Linear(config.n_eigenvectors, config.n_embd, bias=False) if config.has_spectrum else None
+        self.ste = SigmoidSTE() if config.ste_sigmoid and self.activation == "sigmoid" else None
         if self.activation == "sigmoid" and self.bias_mode == "learned":
             self.sigmoid_bias = nn.Parameter(torch.tensor(-math.log(config.block_size)))
         self.activity = torch.zeros(()) if config.htm_meta_strength else None  # how active each head was, by token
 
     def forward(self, x, state=None, spectrum=None):
+        if self.is_split:
+            y = self.mix(x, self.q_proj(x), self.k_proj(x), self.v_proj(x), state, spectrum)
+            return self.resid_dropout(self.o_proj(y))
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
         return self.resid_dropout(self.c_proj(self.mix(x, q, k, v, state, spectrum)))
 
@@ -900,26 +1284,34 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v, now, knots):
         """Queries, keys and values (B, nh, T, hs) of one text from its start on: (B, nh, T, hs)."""
         row_bias, dropout = self.row_bias(now), self.dropout if self.training else 0.0
-        if self.is_sparse:
+        if self.is_sparse and self.ste is None:
             route, bias = self.cells.route.first(q.size(2)), None
             if knots is not None:
                 _, allowed, bias = knots
                 route = Route(route.starts, allowed)
-            return block_sparse_attention(q, k, v, route, activation=self.activation, bias=bias, row_bias=row_bias)
-        if self.activation == "softmax":
-            return causal_attention(q, k, v, dropout)
-        return sigmoid_attention(q, k, v, row_bias, now[None, :] <= now[:, None], dropout=dropout)
+            attention = reference if has_tangent(q) else block_sparse_attention  # the kernel has no forward mode
+            return attention(q, k, v, route, activation=self.activation, bias=bias, row_bias=row_bias)
+        if self.activation == "sigmoid":
+            return sigmoid_attention(q, k, v, row_bias, self.seen(now, now), dropout=dropout, ste=self.ste)
+        if self.is_local and not has_tangent(q):
+            return local_attention(q, k, v)
+        return causal_attention(q, k, v, dropout)
+
+    def seen(self, now, place):
+        """Which keys, at positions place (n,), the queries at positions now (T,) see: (T, n) bool."""
+        mask = place[None, :] <= now[:, None]
+        if self.is_sparse and self.knots is None:
+            cell = self.cells.cell
+            mask = mask & self.cells.allowed[cell[now][:, None], cell[place][None, :]]
+        return mask
 
     def attend_to_memory(self, q, k, v, now, place, knots):
         """New queries (B, nh, T, hs), at positions now (T,), over the n keys kept, at positions place (n,)."""
         if q.size(2) == 1 and not self.is_sparse and self.activation == "softmax":
             return F.scaled_dot_product_attention(q, k, v)
-        mask, bias = place[None, :] <= now[:, None], 0.0  # (T, n)
+        mask, bias = self.seen(now, place), 0.0
         if knots is not None:
             k, v, mask, bias = self.tied_keys(k, v, mask, now, place, *knots)
-        elif self.is_sparse:
-            cell = self.cells.cell
-            mask = mask & self.cells.allowed[cell[now][:, None], cell[place][None, :]]
         if self.activation == "sigmoid":
             return sigmoid_attention(q, k, v, self.row_bias(now), mask, bias)
         if knots is not None:
@@ -967,7 +1359,7 @@ class CausalSelfAttention(nn.Module):
         keys = (T + 1) / 2 if not self.is_sparse else self.cells.keys[:T].float().mean().item()
         if self.knots is not None:  # at most
             keys = min((T + 1) / 2, keys + self.knots.k * T / len(self.cells.route.first(T).starts))
-        return 4 * self.c_proj.in_features * keys
+        return 4 * (self.o_proj if self.is_split else self.c_proj).in_features * keys
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1261,7 +1653,8 @@ class RegionFeedback(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.act = ACTIVATIONS[config.mlp_act]
+        self.act = GELUSTE() if config.ste_gelu else ACTIVATIONS[config.mlp_act]
+        self.winners = HardTopK(config.mlp_topk) if config.mlp_topk else None
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
@@ -1269,6 +1662,8 @@ class MLP(nn.Module):
 
     def forward(self, x, state=None):
         h = self.act(self.c_fc(x))  # (B, T, 4C)
+        if self.winners is not None:
+            h = self.winners(h)
         if self.activity is not None and self.training:
             self.activity = h.detach().float().abs().unflatten(-1, (-1, HTM_GROUP)).mean(-1)  # (B, T, 4C / 64)
         return self.dropout(self.c_proj(h))
@@ -2083,26 +2478,319 @@ class SlidingWindowAE(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Limits on what a vector may hold, (..., C) -> (..., C): k winners by magnitude (also in the MLP), a frozen subspace,
+# K directions, lattice points. On the residual stream they follow every block and are shared by all of them.
+# Cost a token: O(C) for winners, 4 r C FLOPs for a subspace, 2 K C for K directions. k winners: Ahmad & Scheinkman
+# 2019, arXiv 1903.11257; directions: van den Oord et al. 2017, arXiv 1711.00937, with codes that stay random.
+
+
+class HardTopK(nn.Module):
+    """The k largest magnitudes of x (..., C), exactly k on ties, and 0 elsewhere; errors pass where values do."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x):
+        kept = x.detach().abs().topk(min(self.k, x.size(-1)), dim=-1, sorted=False).indices
+        return x * torch.zeros_like(x).scatter_(-1, kept, 1.0)
+
+
+class FrozenSubspace(nn.Module):
+    """x (..., C) projected onto a random r-dimensional subspace; errors are projected too."""
+
+    def __init__(self, n_embd, rank, seed=0):
+        super().__init__()
+        generator = torch.Generator("cpu").manual_seed(seed)
+        basis = nn.init.orthogonal_(torch.empty(n_embd, rank, device="cpu"), generator=generator)
+        self.register_buffer("basis", basis)  # (C, r), orthonormal columns
+
+    def forward(self, x):
+        return x @ self.basis.to(x.dtype) @ self.basis.T.to(x.dtype)
+
+    def flops_per_token(self, T):
+        return 4 * self.basis.numel()
+
+
+class VQResidualDir(nn.Module):
+    """|x| times the nearest of K frozen unit vectors, x (..., C); the error passes as it is."""
+
+    def __init__(self, n_embd, codes, seed=0):
+        super().__init__()
+        generator = torch.Generator("cpu").manual_seed(seed)
+        codes = torch.randn(codes, n_embd, generator=generator, device="cpu")
+        self.register_buffer("codes", F.normalize(codes, dim=1))  # (K, C)
+
+    def forward(self, x):
+        codes, v = self.codes.to(x.dtype), x.detach()
+        nearest = (v @ codes.T).argmax(-1)
+        return straight_through(x, v.norm(dim=-1, keepdim=True) * codes[nearest])
+
+    def flops_per_token(self, T):
+        return 2 * self.codes.numel()
+
+
+class E7Quantizer(nn.Module):
+    """scale times the nearest E7 point to x / scale, in groups of 7; straight-through for x, exact for scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.01))  # embeddings start at 0.02 a channel: a few cells wide
+
+    def forward(self, x):
+        u = x / self.scale
+        point = e7_lattice_round(u.detach().unflatten(-1, (-1, 7))).flatten(-2)
+        return straight_through(u, point) * self.scale
+
+
+def residual_limits(config):
+    """What config puts on the residual stream after each block, in order, or None."""
+    parts = {}
+    if config.subspace_rank:
+        parts["subspace"] = FrozenSubspace(config.n_embd, config.subspace_rank, config.frozen_seed)
+    if config.resid_topk:
+        parts["topk"] = HardTopK(config.resid_topk)
+    if config.vq_codes:
+        parts["vq"] = VQResidualDir(config.n_embd, config.vq_codes, config.frozen_seed + 1)
+    if config.vq_lattice == "e7":
+        parts["lattice"] = E7Quantizer()
+    limits = nn.Sequential()
+    for name, part in parts.items():
+        limits.add_module(name, part)
+    return limits if parts else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Direct feedback alignment: the stream is detached after each tap (every sublayer's or block's output but the last), so
+# a segment between taps learns by itself from the error that `Join` hands to its tap: e B_l, with e (B, T, C) the error
+# at the final hidden state and B one random tensor, entries U(-1, 1) / sqrt(C). Gradients inside a segment and of the
+# head are exact. dfa_feedback="skip" is the control without B: what the uncut residual stream alone would bring.
+# Cost: one C x C product a tap; no segment waits for another. Nokland 2016, 1609.01596; Launay et al. 2020, 2006.12878.
+
+
+class Join(torch.autograd.Function):
+    """h (B, T, C), unchanged; its error e goes to h as it is, and to tap l as e B[l], or as e where B is None."""
+
+    @staticmethod
+    def forward(h, B, *taps):
+        return h.view_as(h)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, B, *taps = inputs
+        ctx.save_for_backward(B)
+        ctx.n_taps = len(taps)
+
+    @staticmethod
+    def backward(ctx, e):
+        (B,) = ctx.saved_tensors
+        return e, None, *((e @ B[l].to(e.dtype) if B is not None else e) for l in range(ctx.n_taps))
+
+
+class DirectFeedback(nn.Module):
+    """The taps of a model and their feedback, (taps, C, C), saved; None for the "skip" control."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.exact = False
+        self.in_sublayers = config.dfa_granularity == "sublayer"
+        self.n_taps = config.n_layer * (2 if self.in_sublayers else 1) - 1
+        feedback = None
+        if config.dfa_feedback == "matrix":
+            shape, generator = (self.n_taps, config.n_embd, config.n_embd), torch.Generator("cpu")
+            generator.manual_seed(config.frozen_seed)
+            feedback = 2 * torch.rand(shape, generator=generator, device="cpu") - 1
+            feedback /= math.sqrt(config.n_embd)
+        self.register_buffer("feedback", feedback)
+
+
+def cut_into(taps):
+    """A function that keeps the stream x in the list `taps` and returns it without its past."""
+
+    def tap(x):
+        taps.append(x)
+        return x.detach()
+
+    return tap
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GrAPE: feedback learns the Jacobian J that it stands for, without W^T. Every fa_grape_every optimiser steps, random
+# probes p give M = mean (J p) p^T, whose expectation is J, and B takes one gradient step on 1 - cos(B, M), its columns
+# keeping their norms. fa: J p = W p. dfa: J maps tap to final hidden state of the same token, by one forward-mode pass
+# for all taps at once (their probes are independent) over up to n_probe of the step's sequences.
+# Cost of a dfa probe: about three forwards of n_probe sequences. Caillon et al. 2026, openreview kasbbmwk3s; the mean
+# over probes and the step in units of |B| are ours.
+
+
+def turn_towards(B, M, rate):
+    """One step down 1 - cos(B, M), rate in units of |B|, in place; zeros of B stay, columns keep their norms."""
+    norms = B.norm(dim=0)
+    M = M * (B != 0)
+    B_hat, M_hat = B / B.norm().clamp(min=1e-12), M / M.norm().clamp(min=1e-12)
+    turned = B_hat + rate * (M_hat - (B_hat * M_hat).sum() * B_hat)
+    B.copy_(turned * (norms / turned.norm(dim=0).clamp(min=1e-12)))
+
+
+class Grape(nn.Module):
+    """GrAPE's clock and probes, and the steps of true backpropagation that fa_calibrate_every asks for.
+
+    Acts once an optimiser step, through hooks. Probes come from a generator seeded by the step, and the sequences from
+    a hash, so that every process draws the same and any split of a batch gives the same feedback.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.every = config.fa_grape_every if config.fa_grape else 0
+        self.calibrate_every, self.rate = config.fa_calibrate_every, config.fa_grape_lr
+        self.n_probe, self.seed, self.step = config.fa_grape_n_probe, config.frozen_seed, 0
+        self.is_listening = False
+        if self.every and config.method == "dfa":
+            generator = torch.Generator("cpu").manual_seed(self.seed)
+            factors = torch.randint(1, 2**31, (config.block_size,), generator=generator, device="cpu")
+            self.register_buffer("factors", factors, persistent=False)  # of the hash
+            heard = torch.full((self.n_probe, config.block_size), -1, device="cpu")
+            self.register_buffer("heard", heard, persistent=False)  # tokens; a row of -1 is free
+            self.is_listening = True
+
+    def get_extra_state(self):
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state):
+        self.step = int(state)
+
+    def chosen(self, rows):
+        """The n_probe of rows (n, block_size) with the largest hash: from parts' choices follows that of the whole."""
+        score = torch.where(rows[:, 0] < 0, -1, (rows * self.factors).sum(1) % (2**31 - 1))
+        return rows[score.topk(self.n_probe).indices]
+
+    @torch.no_grad()
+    def observe(self, idx):
+        """Keep some of the sequences idx (B, T) for the next probe."""
+        idx = idx[:, : self.heard.size(1)]
+        idx = F.pad(idx, (0, self.heard.size(1) - idx.size(1)))
+        self.heard.copy_(self.chosen(torch.cat((self.heard, idx))))
+
+    def attach(self, optimizer, model):
+        """Align feedback before, and count after, each step of `optimizer`."""
+
+        def is_due():
+            return self.every > 0 and self.step % self.every == 0
+
+        def prepare():
+            self.is_listening = is_due() and model.dfa is not None
+            set_exact(model, self.calibrate_every > 0 and (self.step + 1) % self.calibrate_every == 0)
+
+        @torch.no_grad()
+        def pre(optimizer, args, kwargs):
+            if is_due():
+                generator = torch.Generator("cpu").manual_seed(self.seed + 1 + self.step)
+                (self.align_taps if model.dfa is not None else self.align_layers)(model, generator)
+
+        def post(optimizer, args, kwargs):
+            self.step += 1
+            prepare()
+
+        prepare()
+        optimizer.register_step_pre_hook(pre)
+        optimizer.register_step_post_hook(post)
+
+    def align_layers(self, model, generator):
+        for layer in (m for m in model.modules() if isinstance(m, LocalLinear) and m.method == "fa"):
+            p = torch.randn(layer.in_features, self.n_probe, generator=generator, device="cpu").to(layer.weight)
+            turn_towards(layer.feedback, (layer.weight @ p) @ p.T, self.rate)
+
+    def align_taps(self, model, generator):
+        tokens = self.heard
+        if has_processes():
+            parts = [torch.empty_like(tokens) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(parts, tokens)
+            tokens = self.chosen(torch.cat(parts))
+        tokens = tokens[tokens[:, 0] >= 0, : model.config.block_size]  # a copy: now heard is free again
+        self.heard.fill_(-1)
+        for B, M in zip(model.dfa.feedback, tap_jacobians(model, tokens, generator) if len(tokens) else ()):
+            turn_towards(B, M, self.rate)
+
+
+def tap_jacobians(model, tokens, generator):
+    """Estimates of sum over tokens (B, T) of d hidden_t / d tap_lt, (C, C) for each tap, up to one common factor."""
+    B, T, C = *tokens.shape, model.config.n_embd
+    weight = model.lm_head.weight
+    probes = [torch.randn(B, T, C, generator=generator, device="cpu").to(weight) for _ in range(model.dfa.n_taps)]
+    training = model.training
+    model.eval()
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+        nudges = tuple(torch.zeros_like(p) for p in probes)
+        _, Jp = torch.func.jvp(lambda *nudges: model.nudged(tokens, nudges), nudges, tuple(probes))
+    model.train(training)
+    return [Jp.flatten(0, 1).T @ p.flatten(0, 1) for p in probes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What local learning is measured by: the angle between W and what the error passes instead (degrees), and, on one probe
+# batch, the cosine between each weight's local gradient and the true one; a layer descends where that is positive.
+
+
+def cosine(a, b):
+    return F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
+
+
+def feedback_angles(model):
+    """{layer: degrees between W and its feedback} of every layer whose errors go through something else."""
+    local = {n: m for n, m in model.named_modules() if isinstance(m, LocalLinear) and m.method in ("fa", "sign_sym")}
+    cosines = {n: cosine(m.error_weight(), m.weight) for n, m in local.items()}
+    return {n: math.degrees(math.acos(max(-1.0, min(1.0, c)))) for n, c in cosines.items()}
+
+
+def gradient_cosines(model, idx, targets):
+    """{layer: cosine between the local gradient of its weight and the true one} on a batch, in evaluation mode."""
+    weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
+    training = model.training
+    model.eval()
+    local = torch.autograd.grad(model(idx, targets)[1], list(weights.values()))
+    with exactly(model):
+        true = torch.autograd.grad(model(idx, targets)[1], list(weights.values()))
+    model.train(training)
+    return {n: cosine(a, b) for n, a, b in zip(weights, local, true)}
+
+
+def alignment(model, idx=None, targets=None):
+    """What a log tells: mean angle, and with a probe batch the mean cosine and the share of layers that descend."""
+    report, angles = {}, feedback_angles(model)
+    if angles:
+        report = {"angle": sum(angles.values()) / len(angles)} | {f"angle/{n}": a for n, a in angles.items()}
+    if idx is not None:
+        cosines = gradient_cosines(model, idx, targets)
+        report["cosine"] = sum(cosines.values()) / len(cosines)
+        report["descends"] = sum(c > 0 for c in cosines.values()) / len(cosines)
+        report |= {f"cosine/{n}": c for n, c in cosines.items()}
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Block and GPT.
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
         mixer = config.mixer(layer)
         self.attn = {"fhn": FHNAttention, "kaufmann": KaufmannAttention}.get(mixer, CausalSelfAttention)(config, layer)
         self.feedback = None
         if config.use_region_feedback:
             self.feedback = RegionFeedback(config, Cells(config, layer) if mixer == "fhn" else self.attn.cells)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
         others = {WaveKAN: config.use_kan, SwiGLU: config.use_swiglu, BioMLP: config.use_bio_mlp}
         self.mlp = next((mixer for mixer, is_on in others.items() if is_on), MLP)(config)
 
-    def forward(self, x, state=None, spectrum=None):
+    def forward(self, x, state=None, spectrum=None, tap=None):
+        """x (B, T, C) after both sublayers; `tap`, if given, is called on the stream between them."""
         x = x + self.attn(self.ln_1(x), state, spectrum)
         if self.feedback is not None:
             x = x + self.feedback(x, state)
+        if tap is not None:
+            x = tap(x)
         return x + self.mlp(self.ln_2(x), state)
 
 
@@ -2120,7 +2808,7 @@ class GPT(nn.Module):
             parts["positions"] = RamanujanPositions(config)
         parts["drop"] = nn.Dropout(config.dropout)
         parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        parts["ln_f"] = nn.LayerNorm(config.n_embd, bias=config.bias)
+        parts["ln_f"] = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
@@ -2136,12 +2824,22 @@ class GPT(nn.Module):
         elif config.add_l4_losses:
             self.slate = Slate(config)
         self.htm = ColumnMeta(config) if config.htm_meta_strength else None
+        self.dfa = DirectFeedback(config) if config.method == "dfa" else None
+        self.grape = Grape(config) if config.fa_grape or config.fa_calibrate_every else None
+        self.limits = residual_limits(config)
+        if config.method != "bp":
+            localise(self, config)
         self.apply(self._init_weights)
         for module in self.modules():
             if hasattr(module, "init_own"):
                 module.init_own()
+        for block in self.transformer.h[: config.freeze_blocks]:
+            block.requires_grad_(False)
+        for table in ("wte", "wpe") if config.freeze_emb else ():
+            if table in parts:
+                parts[table].requires_grad_(False)
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 n_layer of these add up in the residual stream
+            if name.endswith(("c_proj.weight", "o_proj.weight")):  # 2 n_layer of these add up in the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
 
     @staticmethod
@@ -2169,25 +2867,19 @@ class GPT(nn.Module):
         T, past = idx.size(1), 0 if state is None else state.pos
         if self.max_positions is not None and past + T > self.max_positions:
             raise ValueError(f"{past + T} tokens, but block_size is {self.max_positions}")
-        x = self.transformer.wte(idx)  # (B, T, C)
-        if self.config.pos_embedding == "learned":
-            x = x + self.transformer.wpe.weight[past : past + T]
-        if self.config.pos_embedding == "ramanujan":
-            x = x + self.transformer.positions(T, past)
-        x, hiddens = self.transformer.drop(x), []
-        spectrum, bent = None, None
-        if self.manifold is not None:
-            moved, point, bent = self.manifold(x)
-            x = x + moved
-            spectrum = self.spectral(point) if self.spectral is not None else None
-        for block in self.transformer.h:
-            x = block(x, state, spectrum)
-            hiddens = [*hiddens, x][-self.config.mfs_layers :] if self.mfs is not None else hiddens
+        if self.grape is not None and self.grape.is_listening and self.training:
+            self.grape.observe(idx)
+        is_cut, taps = self.dfa is not None and not self.dfa.exact and targets is not None, []
+        x, hiddens, bent = self.run_blocks(idx, state, cut_into(taps) if is_cut else None)
+        if is_cut and self.dfa.feedback is None:  # the control: what the stream itself brings back to each tap
+            x = Join.apply(x, None, *taps)
         chunked = targets is not None and self.training and self.config.loss_chunk > 0
         last_only = slice(-1, None) if targets is None or chunked else slice(None)
         if self.mfs is None and self.slate is None and not chunked:
             x = x[:, last_only]  # nothing else is read
         h, weight = self.transformer.ln_f(x), self.lm_head.weight
+        if is_cut and self.dfa.feedback is not None:
+            h = Join.apply(h, self.dfa.feedback, *taps)
         slate = self.summary(h, idx, state) if self.needs_slate(targets) else None
         if self.mfs is not None:
             mixture = self.mfs.mixture(hiddens, h, slate if self.config.has_region_slate else None, state)
@@ -2211,6 +2903,36 @@ class GPT(nn.Module):
             self.losses |= {"l4_reconstruction": reconstruction.detach(), "l4_next": ahead.detach()}
             loss = loss + self.config.l4_loss_weight * (reconstruction + ahead)
         return logits, loss
+
+    def run_blocks(self, idx, state=None, tap=None):
+        """(stream (B, T, C) after all blocks, the top layers' for the mixture, what the manifold's path bends or None).
+
+        `tap` is called where dfa cuts, and returns what goes on.
+        """
+        past = 0 if state is None else state.pos
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if self.config.pos_embedding == "learned":
+            x = x + self.transformer.wpe.weight[past : past + idx.size(1)]
+        if self.config.pos_embedding == "ramanujan":
+            x = x + self.transformer.positions(idx.size(1), past)
+        x, hiddens, spectrum, bent = self.transformer.drop(x), [], None, None
+        if self.manifold is not None:
+            moved, point, bent = self.manifold(x)
+            x = x + moved
+            spectrum = self.spectral(point) if self.spectral is not None else None
+        for n, block in enumerate(self.transformer.h, 1):
+            x = block(x, state, spectrum, tap if tap is not None and self.dfa.in_sublayers else None)
+            if self.limits is not None:
+                x = self.limits(x)
+            if tap is not None and n < self.config.n_layer:
+                x = tap(x)
+            hiddens = [*hiddens, x][-self.config.mfs_layers :] if self.mfs is not None else hiddens
+        return x, hiddens, bent
+
+    def nudged(self, idx, nudges):
+        """The final hidden state (B, T, C) with nudges[l] (B, T, C) added at tap l, for GrAPE's probes."""
+        nudge = iter(nudges)
+        return self.transformer.ln_f(self.run_blocks(idx, tap=lambda x: x + next(nudge))[0])
 
     def loss(self, logits, targets, hidden, chunked):
         """(mean loss, each token's where HTM asks), from logits or, chunked, from (h,) or (h, facets, log prior)."""
@@ -2324,6 +3046,8 @@ class GPT(nn.Module):
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
         if self.htm is not None:
             self.htm.attach(optimizer, self.transformer.h)
+        if self.grape is not None:
+            self.grape.attach(optimizer, self)
         for m in (m for m in self.modules() if hasattr(m, "before_step")):  # what was counted is applied once a step
             optimizer.register_step_pre_hook(lambda *_, apply=m.before_step: apply())
         return optimizer
@@ -2357,7 +3081,7 @@ class GPT(nn.Module):
             raise CheckpointError(f"the checkpoint has flags this version does not know: {', '.join(unknown)}")
         try:
             model = cls(GPTConfig(**args))
-            model.load_state_dict(checkpoint["model"])
+            model.load_state_dict(model.own_projections(checkpoint["model"]))
         except (ValueError, TypeError, RuntimeError) as e:
             raise CheckpointError(f"the checkpoint does not fit its own flags: {e}") from e
         return model
@@ -2393,8 +3117,15 @@ class GPT(nn.Module):
         args = {"block_size": c.n_positions, "vocab_size": c.vocab_size, "mlp_act": act}
         args |= {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
         model = cls(GPTConfig(**args | overrides))
-        model.load_state_dict(transpose_conv1d(hf.state_dict()))
+        model.load_state_dict(model.own_projections(transpose_conv1d(hf.state_dict())))
         return model
+
+    def own_projections(self, weights):
+        """A state dict with c_attn split where this model has q_proj, k_proj and v_proj; feedback stays the model's."""
+        if self.config.method == "bp" or not any(name.endswith("attn.c_attn.weight") for name in weights):
+            return weights
+        own = {name: t for name, t in self.state_dict().items() if name.endswith("feedback")}
+        return own | split_c_attn(weights)
 
     def export_hf(self, directory):
         """Write a plain GPT-2 Hugging Face directory (config.json and safetensors); needs `transformers`.

@@ -20,6 +20,7 @@ from model import GPT, DecodingState, GPTConfig
 from train import pick_device
 
 CELLS = {"anchor_min_gap": 5, "anchor_jitter": 3}  # cells that suit a block of 32
+LOCAL = {"tie_weights": False}  # other rules than backpropagation need it
 KNOTS = {"knot_block": 6, "knot_vertices": 6, "knot_threshold": 1.0, "knot_k": 2}  # and knots that suit such cells
 
 # Every variant, by the flags that switch it on. tests/test_contracts.py runs all contracts over this table: a new flag
@@ -127,6 +128,60 @@ VARIANTS = {
         "geodesic_weight": 0.1,
         "spectral_landmarks": 12,
         "spectral_refresh": 3,
+    },
+    "fa": {"method": "fa", **LOCAL},
+    "fa_orthogonal": {"method": "fa", "fa_init_mode": "orthogonal", "bias": False, **LOCAL},
+    "fa_ortho_he": {"method": "fa", "fa_init_mode": "ortho_he", "bias": False, **LOCAL},
+    "fa_sparse": {"method": "fa", "fa_init_mode": "sparse", "fa_sparse_k": 4, **LOCAL},
+    "fa_grape": {"method": "fa", "fa_grape": True, "fa_grape_every": 2, "fa_calibrate_every": 3, **LOCAL},
+    "sign_sym": {"method": "sign_sym", **LOCAL},
+    "sign_sym_init": {"method": "sign_sym", "sign_sym_scale": "init", **LOCAL},
+    "sign_sym_frozen": {"method": "sign_sym", "sign_sym_scale": "frozen_magnitude", **LOCAL},
+    "dfa": {"method": "dfa", **LOCAL},
+    "dfa_block": {"method": "dfa", "dfa_granularity": "block", **LOCAL},
+    "dfa_skip": {"method": "dfa", "dfa_feedback": "skip", **LOCAL},
+    "dfa_grape": {"method": "dfa", "fa_grape": True, "fa_grape_every": 2, "fa_calibrate_every": 3, **LOCAL},
+    "dfa_grape_sparse": {
+        "method": "dfa",
+        "fa_grape": True,
+        "fa_grape_every": 2,
+        "use_block_sparse": True,
+        **CELLS,
+        **LOCAL,
+    },
+    "frozen_blocks": {"freeze_blocks": 1, "freeze_emb": True, **LOCAL},
+    "surrogates": {"ste_gelu": True, "attn_mode": "sigmoid", "ste_sigmoid": True},
+    "ln_ste": {"ln_mode": "ste", "ste_gelu": True},
+    "sigmoid_ste_sparse": {
+        "attn_mode": "sigmoid",
+        "ste_sigmoid": True,
+        "sigmoid_bias_mode": "neg_log_i",
+        "use_block_sparse": True,
+        **CELLS,
+    },
+    "center_scale": {"ln_mode": "center_scale"},
+    "projected": {"ln_mode": "projected", "bias": False},
+    "fuse_attn_local": {"fuse_attn_local": True},
+    "topk": {"mlp_topk": 16, "resid_topk": 24},
+    "vq_codes": {"vq_codes": 2048},
+    "vq_lattice": {"vq_lattice": "e7", "n_embd": 28},
+    "subspace_rank": {"subspace_rank": 24},
+    "local_all": {
+        "method": "sign_sym",
+        "ste_gelu": True,
+        "ln_mode": "center_scale",
+        "fuse_attn_local": True,
+        "mlp_topk": 32,
+        "freeze_emb": True,
+        **LOCAL,
+    },
+    "dfa_surrogates": {
+        "method": "dfa",
+        "fa_grape": True,
+        "ste_gelu": True,
+        "ln_mode": "ste",
+        "fuse_attn_local": True,
+        **LOCAL,
     },
     "htm_lr": {"htm_meta_strength": 0.5, "htm_meta_decay": 0.5},
     "htm_momentum": {"htm_meta_strength": 0.5, "htm_meta_target": "momentum"},

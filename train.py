@@ -34,7 +34,7 @@ import configurator
 from configurator import ROOT, ConfigError
 from data.corpus import DataError, load_meta, load_tokenizer, open_split, replace_file
 from kernels.e7 import STAGES as E7_STAGES
-from model import GPT, CheckpointError, GPTConfig, load_checkpoint, one_of, save_checkpoint
+from model import GPT, CheckpointError, GPTConfig, alignment, load_checkpoint, one_of, save_checkpoint
 
 
 @dataclass
@@ -73,6 +73,7 @@ class TrainConfig:
     eval_full: bool = False  # validate on the whole val split, once, in windows that do not overlap
     eval_only: bool = False  # evaluate once and stop
     always_save_checkpoint: bool = True  # write ckpt_last.pt after every evaluation, not only after better ones
+    log_alignment: bool = False  # of another method than "bp": also each layer's gradient against backpropagation's
     log_interval: int = 1  # steps between lines of metrics.jsonl
     sample_interval: int = 0  # steps between short samples of text; 0 = none
     tensorboard_log: bool = False  # also to out_dir/tensorboard
@@ -517,6 +518,16 @@ class Trainer:
         for name in names:
             save_checkpoint(Path(self.cfg.out_dir) / name, checkpoint)
 
+    def alignment(self):
+        """Angles between weights and feedback; with log_alignment, cosines of gradients on a batch of the val split."""
+        if self.config.method == "bp":
+            return {}
+        batch = ()
+        if self.cfg.log_alignment:
+            starts = self.corpus.windows(VAL_LOSS, 0, self.cfg.batch_size, self.config.block_size)
+            batch = self.corpus.batch("val", starts, self.config, self.world.device)
+        return alignment(self.model, *batch)
+
     def evaluate_and_save(self):
         """`evaluate`, then the checkpoints its result asks for. Diverged, with nothing saved, if it is no number."""
         results = self.evaluate()
@@ -599,7 +610,7 @@ class Log:
 
     def evaluation(self, step, values):
         self.metrics(step, values)
-        losses = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if k != "tokens")
+        losses = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if k != "tokens" and "/" not in k)
         self.say(f"step {step}: {losses}")
 
     def say(self, text):
@@ -712,6 +723,8 @@ def run(settings):
     corpus = Corpus(cfg)
     model = build_model(settings, checkpoint, corpus)
     corpus.check(model.config.block_size, model.config.vocab_size)
+    if cfg.log_alignment and model.config.method == "bp":
+        raise ConfigError('--log_alignment compares with backpropagation: set a method other than "bp"')
     if cfg.curriculum == "e7" and model.config.manifold != "e7":
         raise ConfigError('--curriculum=e7 frees the coset\'s coordinates: set use_manifold and manifold="e7" too')
     tokenizer = load_tokenizer(corpus.meta, corpus.folder) if cfg.sample_interval else None
@@ -776,7 +789,7 @@ def loop(trainer, log, tokenizer, stop):
             results = trainer.evaluate_and_save()
             if log:
                 measured = {k: v.item() for k, v in trainer.model.measures().items()}
-                log.evaluation(i, {"tokens": trainer.tokens(i), **results, **measured})
+                log.evaluation(i, {"tokens": trainer.tokens(i), **results, **measured, **trainer.alignment()})
         if i >= cfg.max_iters:
             return
         if log and cfg.sample_interval and i and i % cfg.sample_interval == 0:

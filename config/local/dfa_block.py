@@ -1,0 +1,5 @@
+# Direct feedback alignment, an error a block.
+out_dir = "out-ablation/dfa_block"
+method = "dfa"
+dfa_granularity = "block"
+tie_weights = False
