@@ -255,8 +255,10 @@ class GPTConfig:
         self.refuse_idle("use_fhn_partitioning", self.use_fhn_partitioning, "fhn_partitions")
         self.refuse_idle('fhn_dynamics="fhn"', self.fhn_dynamics == "fhn", "fhn_steps", "fhn_dt", "use_fhn_imex",
                          "use_fhn_partitioning")  # fmt: skip
-        if not (self.fhn_steps >= 1 and self.fhn_dt > 0 and 1 <= self.fhn_partitions <= self.n_embd):
-            raise ValueError("fhn_steps must be >= 1, fhn_dt > 0, fhn_partitions in [1, n_embd]")
+        if not (self.fhn_steps >= 1 and 0 < self.fhn_dt < 2 and self.fhn_partitions >= 1):
+            raise ValueError("fhn_steps and fhn_partitions must be >= 1, fhn_dt in (0, 2)")
+        if self.use_fhn_partitioning and self.fhn_partitions > self.n_embd:
+            raise ValueError(f"fhn_partitions={self.fhn_partitions}: there are n_embd={self.n_embd} channels")
         if has_waves and self.fhn_dynamics == "fhn" and fhn_eps_limit(self.fhn_dt, self.fhn_steps) <= FHN["eps"]:
             raise ValueError(f"fhn_dt={self.fhn_dt} is unstable with fhn_steps={self.fhn_steps}: lower one of them")
 

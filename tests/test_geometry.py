@@ -395,7 +395,7 @@ def test_no_mask_is_as_large_as_the_text_squared():
     model = small(**flags, ferope_anchor_relative=True, use_block_sparse=True)
     assert greediest(model, tokens(B=1, T=T)) < T * T  # bytes: a bool mask would reach it
     model = small(**flags, ferope_anchor_relative=True)
-    model.transformer.h[0].attn.attend = lambda q, k, v: (q @ k.mT).tril() @ v
+    model.transformer.h[0].attn.attend = lambda q, k, v, *_: (q @ k.mT).tril() @ v
     assert greediest(model, tokens(B=1, T=T)) >= T * T  # the measure would see one
 
 
