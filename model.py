@@ -121,7 +121,7 @@ class GPTConfig:
     knot_learned_threshold: bool = False  # the threshold is a parameter a head, from knot_threshold - 0.5 on
     # -- FitzHugh-Nagumo waves ----------------------------------------------------------------------------------------
     fhn_steps: int = 2  # solver steps a layer; a stimulus goes through one gated scan along the tokens in each
-    fhn_dt: float = 0.5  # time of a step, in the equation's units
+    fhn_dt: float = 0.25  # time of a step, in the equation's units
     fhn_dynamics: str = "fhn"  # "fhn" (excitable: cubic and recovery) | "linear" (neither: one gated scan, the control)
     use_fhn_imex: bool = True  # coupling solved implicitly; False = explicit Euler, which reaches fhn_steps tokens back
     use_fhn_partitioning: bool = False  # channels in groups of balanced stimulus, normalised to a common level

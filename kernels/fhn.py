@@ -1,21 +1,21 @@
 """
 FitzHugh-Nagumo waves along the token line: `steps` implicit-explicit Euler steps of a chain of excitable sites.
 
-A step solves (1 + L_t) v'_t - L_t v'_{t-1} = r_t with L_t = dt D g_t and r_t = v_t + dt (v_t - v_t^3 / 3 - w_t + I_t), a
-gated recurrence along time (scan.py), and then w' = (w + dt eps (v' + a)) / (1 + dt eps b) at each site by itself. All
+A step solves (1 + L_t) v'_t - L_t v'_{t-1} = r_t with L_t = dt D g_t, r_t = v_t + dt (v_t - v_t^3 / 3 - w_t + I_t): a
+gated recurrence along time (scan.py). Then w' = (w + dt eps (v' + a)) / (1 + dt eps b) at each site by itself. All
 sites start at rest, and so does everything before the first token. The output is the deviation of v from rest.
 
-`reference` is the plain loop, in any float type: the one to compare with. The CPU path computes in deviations from rest,
-x = v - REST_V and u = -dt (w - REST_W), where a step reads
+`reference` is the plain loop, in any float type: the one to compare with. The CPU path computes in deviations from
+rest, x = v - REST_V and u = -dt (w - REST_W), where a step reads
 
     m_t = 1 / (1 + L_t)        x'_t = x'_{t-1} + m_t (r_t - x'_{t-1})        r_t = dt I_t + u_t + F(x_t)
     F(x) = x + dt ((1 - REST_V^2) x - REST_V x^2 - x^3 / 3)                  u' = p u + Q x' + U
     p = 1 / (1 + dt eps b)     Q = -dt^2 eps p                               U = Q (REST_V + a - b REST_W)
 
-and starts from zeros, so that nothing is lost to a cancellation and the first scan is linear in I. It streams blocks of
-time through buffers that are reused; all steps of a block run while it is in the cache. The backward is written by hand:
-from the last block to the first it recomputes the states from the carries saved before each block and runs the adjoint
-scans. On CUDA the operators call fhn_triton.py.
+and starts from zeros, so that nothing is lost to a cancellation and the first scan is linear in I. It streams blocks
+of time through buffers that are reused; all steps of a block run while it is in the cache. The backward is written by
+hand: from the last block to the first it recomputes the states from those before each block, and runs the adjoint
+scans. A sequence of one block keeps its states instead. On CUDA the operators call fhn_triton.py.
 """
 
 import torch
@@ -203,19 +203,17 @@ class Adjoint:
 
 
 def saved(B, T, C, steps, like):
-    """Empty (B, n, steps, C) for the backward: states of every site and of the one before, or of those before blocks."""
+    """What the backward needs, (B, n, steps, C), empty: states before each block; of one block, of all sites too."""
     length = block_length(B, C)
     n = T + 1 if length >= T else len(blocks(T, length))
     return like.new_empty(steps, B, n, C, dtype=sum_dtype(like)).permute(1, 2, 0, 3)
 
 
 def torch_forward(stimulus, conductance, D, a, b, eps, dt, steps, state):
-    """(deviation (B, T, C), new_state (B, steps, C), what the backward needs (B, n, steps, C)). Any device.
-
-    A sequence that fits one block keeps all its states, others those before each block.
-    """
-    (B, T, C), dtype, length = stimulus.shape, sum_dtype(stimulus), block_length(*stimulus.shape[::2])
-    medium, carries = Medium(D, a, b, eps, dt, steps, dtype), saved(*stimulus.shape, steps, stimulus)
+    """(deviation (B, T, C), new_state (B, steps, C), carries for the backward, see `saved`). Any device."""
+    B, T, C = stimulus.shape
+    dtype, length = sum_dtype(stimulus), block_length(B, C)
+    medium, carries = Medium(D, a, b, eps, dt, steps, dtype), saved(B, T, C, steps, stimulus)
     out = torch.empty_like(stimulus, memory_format=torch.contiguous_format)
     I, g = Stage(stimulus, length, dtype), Stage(conductance, length, dtype)
     whole = length >= T
@@ -234,7 +232,8 @@ def torch_forward(stimulus, conductance, D, a, b, eps, dt, steps, state):
 
 def torch_backward(grad, stimulus, conductance, D, a, b, eps, dt, steps, carries):
     """(d_stimulus, d_conductance, dD, da, db, deps); see `torch_forward`. Any device."""
-    (B, T, C), dtype, length = stimulus.shape, sum_dtype(stimulus), block_length(*stimulus.shape[::2])
+    B, T, C = stimulus.shape
+    dtype, length = sum_dtype(stimulus), block_length(B, C)
     results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (stimulus, conductance)]
     G, I, g, *outputs = (Stage(x, length, dtype) for x in (grad, stimulus, conductance, *results))
     whole = length >= T
@@ -341,7 +340,8 @@ fhn_op.register_autograd(differentiate, setup_context=save_for_backward)
 def fhn_propagate(stimulus, conductance, D, a, b, eps, dt, steps, state=None):
     """`steps` steps of the medium over the sites of a sequence, from rest.
 
-    stimulus, conductance: (B, T, C) of one floating type, conductance >= 0; D, a, b, eps: (C,), D, b and eps >= 0; dt > 0.
+    stimulus, conductance: (B, T, C) of one floating type; D, a, b, eps: (C,), floating. Conductance, D, b and eps must
+    not be negative, which is not checked; dt > 0.
     state: (B, steps, C), what an earlier call returned for the tokens before these; None where there are none.
     Returns (deviation (B, T, C) of v from REST_V, new_state): new_state holds v of the last site after each step, in
     float32 or better. Gradients reach everything but the state. ValueError for arguments that do not fit,
@@ -351,9 +351,8 @@ def fhn_propagate(stimulus, conductance, D, a, b, eps, dt, steps, state=None):
         raise ValueError(f"stimulus must be (B, T, C), floating, not empty: {tuple(stimulus.shape)} {stimulus.dtype}")
     B, T, C = stimulus.shape
     if conductance.shape != (B, T, C) or conductance.dtype != stimulus.dtype:
-        raise ValueError(
-            f"conductance {tuple(conductance.shape)} {conductance.dtype} must be like stimulus, {(B, T, C)} {stimulus.dtype}"
-        )
+        what = f"{tuple(conductance.shape)} {conductance.dtype}"
+        raise ValueError(f"conductance must be like stimulus, {(B, T, C)} {stimulus.dtype}, not {what}")
     if not all(x.shape == (C,) and x.is_floating_point() for x in (D, a, b, eps)):
         raise ValueError(f"D, a, b and eps must be floating and ({C},), not {[tuple(x.shape) for x in (D, a, b, eps)]}")
     if not dt > 0 or not isinstance(steps, int) or steps < 1:

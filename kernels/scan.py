@@ -1,12 +1,13 @@
 """
 Gated linear recurrence along time: h_t = A_t h_{t-1} + b_t for (B, T, C), each channel by itself.
 
-`reference` is the plain loop, in any float type: the one to compare with. The CPU path streams fixed-size blocks of time.
-A block is cut into k chunks of L positions, and every operation handles one position of all chunks, batch rows and
-channels at once (`ChunkedScan`): once up, to the value each chunk would end with if nothing came in and to the product
-of its A; then a scan over the k ends, which is the same problem at 1 / L of the size (`Level`); then once down, from the
-true value before each chunk. That is O(T) work and about 2 L operations a block, each large enough to be worth its call.
-The products of A underflow harmlessly: nothing is divided by them. On CUDA the operators call scan_triton.py.
+`reference` is the plain loop, in any float type: the one to compare with. The CPU path streams fixed-size blocks of
+time. A block is cut into chunks of a few positions, and an operation handles one position of all chunks, batch rows
+and channels at once (`ChunkedScan`): once up, to the value each chunk would end with if nothing came in and to the
+product of its A; then a scan over these ends, which is the same problem, smaller (`Level`); then once down, from the
+true value before each chunk. That is O(T) work in about 8 log_4(T) operations a block, large enough to be worth
+their calls. The products of A underflow harmlessly: nothing is divided by them. On CUDA the operators call
+scan_triton.py.
 """
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 BLOCK = 400_000  # elements of a block, over batch rows, time and channels: a few such buffers fit in the last cache
 STEP = 64  # blocks are multiples of this many positions, where T allows
+CHUNK = 4  # positions
 LANES = 5_000  # elements from which an operation is long against its call, about 1.5 us
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,10 +36,8 @@ def reference(A, b, h0=None):
 
 
 def chunk_length(n, lanes):
-    """L for a scan over n items of `lanes` elements; n itself where one item after the other is as fast."""
-    if n <= 8 or lanes >= LANES:
-        return n
-    return 4
+    """Items of a chunk in a scan over n items of `lanes` elements; all n where one after the other is as fast."""
+    return n if n <= 2 * CHUNK or lanes >= LANES else CHUNK
 
 
 class Level:
@@ -158,7 +158,7 @@ class ChunkedScan:
             start = torch.lerp(start, r_t, m_t, out=out_t)
 
     def backward(self, grad, out, end):
-        """out_t = grad_t + A_{t+1} out_{t+1}, where `end` (B, C) is A out at the right neighbour; end becomes A_0 out_0."""
+        """out_t = grad_t + A_{t+1} out_{t+1}; `end` (B, C): that product for the last t. It becomes A_0 out_0."""
         a, grad, out = self.a[::-1], self.positions(grad)[::-1], self.positions(out)[::-1]
         right = end
         if self.inner:
@@ -192,10 +192,10 @@ def block_length(B, C):
 
 
 def blocks(T, length):
-    """[(first, end)) of each block: full ones, then the rest as a multiple of 8 positions, then what is left of it."""
+    """[(first, end)) of each block: full ones, then whole chunks, then what is left."""
     borders = list(range(0, T, length))
-    if (T - borders[-1]) % 8 and T - borders[-1] > 8:
-        borders.append(T - T % 8)
+    if T % CHUNK and T - borders[-1] > 2 * CHUNK:
+        borders.append(T - T % CHUNK)
     return list(zip(borders, [*borders[1:], T]))
 
 
@@ -324,11 +324,14 @@ def gated_scan(A, b, h0=None):
             "A and b must agree in shape, (B, T, C) without empty dimensions, and in type, a floating one: "
             f"{tuple(A.shape)} {A.dtype}, {tuple(b.shape)} {b.dtype}"
         )
-    B, _, C = A.shape
+    B, T, C = A.shape
     if h0 is None:
         h0 = A.new_zeros(B, C)
     if h0.shape != (B, C) or h0.dtype != A.dtype:
         raise ValueError(f"h0 must be {(B, C)} {A.dtype}, not {tuple(h0.shape)} {h0.dtype}")
     if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (A, b, h0)):
         raise NotImplementedError("gated_scan has no forward-mode derivative: use reference(...)")
+    if T == 1 and not A.is_cuda:  # a token of generation: autograd follows it
+        dtype = sum_dtype(A)
+        return torch.addcmul(b[:, 0].to(dtype), A[:, 0].to(dtype), h0.to(dtype))[:, None].to(A.dtype)
     return scan_op(A, b, h0)
