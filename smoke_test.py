@@ -54,7 +54,7 @@ VARIANTS = {
         **CELLS,
     },
     "fhn": {"attn_mode": "fhn", "pos_embedding": "none"},
-    "fhn_4_steps": {"attn_mode": "fhn", "fhn_steps": 4, "fhn_dt": 0.25},
+    "fhn_4_steps": {"attn_mode": "fhn", "fhn_steps": 4, "fhn_dt": 0.5},
     "fhn_explicit": {"attn_mode": "fhn", "use_fhn_imex": False},
     "fhn_linear": {"attn_mode": "fhn", "fhn_dynamics": "linear"},
     "fhn_partitioned": {"attn_mode": "fhn", "use_fhn_partitioning": True, "fhn_partitions": 3},
