@@ -8,7 +8,18 @@ gradients that arrive, and measured against the same control.
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65))
     logits, loss = model(idx, targets)                # idx, targets (B, T); -1 in targets is ignored
     tokens = model.generate(idx, 100, temperature=0)  # cached decoding
-    GPTConfig(mlp_act="relu2", pos_embedding="none")  # switch things
+    GPTConfig(attn_pattern="fhn,softmax", use_kan=True, pos_embedding="none")  # switch things
+
+How to read it: `GPTConfig` says what there is; `GPT` and `Block`, near the end, how it is put together. Between them
+each idea has a section, a rule with its equation, cost and source, then the code:
+
+    small parts       activations, decoding state, redirected errors, LocalLinear, norms with surrogate gradients
+    geometry          Poisson-disk cells, Fe-RoPE, Ramanujan positions, knots
+    token mixers      attention (softmax, sigmoid), FitzHugh-Nagumo waves, Kaufmann attention, region feedback
+    channel mixers    MLP, SwiGLU, WaveKAN, BioMLP
+    memory, manifolds spheres, rotors, E7, spectral coordinates; HTM-style meta-updates
+    heads             multi-facet softmax, slates, L4 auto-encoder
+    learning rules    limits on the stream, direct feedback alignment, GrAPE, what they are measured by
 
 References: nanoGPT (github.com/karpathy/nanoGPT); GPT-2 (Radford et al. 2019).
 """
