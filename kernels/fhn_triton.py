@@ -1,0 +1,309 @@
+"""
+FitzHugh-Nagumo waves on a GPU: all steps of `fhn.py` in one Triton kernel forward and one backward.
+
+Programs, chunks and rows are those of scan_triton.py: one warp walks over time once and keeps, of each step, the value
+that enters the next chunk. All steps of a chunk run in registers. With deviations x = v - V, u = w - U from rest, at
+which V - V^3 / 3 = U, a step is
+
+    r = x + dt (I - u + (1 - V^2) x - V x^2 - x^3 / 3)          x'_t = A_t x'_{t-1} + (1 - A_t) r_t
+    u' = (u + dt eps (x' + V + a - b U)) / (1 + dt eps b)
+
+and nothing is lost to a cancellation against rest. `carries` holds the x that enter each chunk. The backward walks
+from the last chunk to the first, recomputes the x of a chunk from them, and solves the adjoint of each step by a
+reverse scan; u is stepped back in place, which its linear equation allows. Each program sums the gradients of the
+parameters of its channels; PyTorch adds up the batch rows, in a fixed order.
+
+Bytes: stimulus and conductance are loaded once and the result stored once, whatever `steps` is: 3 B T C elements, the
+floor; backward 5. `bytes_moved` counts all there is: above the floor are mainly the carries, steps / 32 of a float32 a
+site, forward and backward, for 2 steps 2% of the floor in float32 and 4% in 16 bits (backward 1.3% and 2.5%).
+
+TRITON_INTERPRET=1 runs this on a CPU; `python kernels/aot.py` compiles it without a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.fhn import REST_V, REST_W
+from kernels.scan_triton import (
+    CHUNK,
+    POINTERS,
+    aot_row,
+    check_dtypes,
+    chunk_at,
+    launch,
+    place,
+    products,
+    put,
+    rows_of,
+    scan,
+    sums,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the kernels share: the parts of a step, on rows. V and U are the rest point.
+
+
+@triton.jit
+def parameters(D, a, b, eps, channel, C):
+    known = channel < C
+    D, a = tl.load(D + channel, mask=known, other=0.0), tl.load(a + channel, mask=known, other=0.0)
+    return D, a, tl.load(b + channel, mask=known, other=0.0), tl.load(eps + channel, mask=known, other=0.0)
+
+
+@triton.jit
+def couplings(g, left, D, dt, L: tl.constexpr):
+    """A; 1 where there is no site, so that what comes in passes through."""
+    rows = ()
+    for i in tl.static_range(L):
+        x = dt * D * g[i]
+        rows = rows + (tl.where(i < left, x / (1 + x), 1.0),)
+    return rows
+
+
+@triton.jit
+def drives(A, x, u, I, dt, V, L: tl.constexpr):
+    """(1 - A) r."""
+    rows = ()
+    for i in tl.static_range(L):
+        r = x[i] + dt * (I[i] - u[i] + x[i] * (1 - V * V - x[i] * (V + x[i] * (1 / 3))))
+        rows = rows + ((1 - A[i]) * r,)
+    return rows
+
+
+@triton.jit
+def recovered(u, x, slow, grow, pull, L: tl.constexpr):
+    """u after a step that led to x: slow = dt eps, grow = 1 + dt eps b, pull = V + a - b U."""
+    rows = ()
+    for i in tl.static_range(L):
+        rows = rows + ((u[i] + slow * (x[i] + pull)) * (1 / grow),)
+    return rows
+
+
+@triton.jit
+def unrecovered(u, x, slow, grow, pull, L: tl.constexpr):
+    rows = ()
+    for i in tl.static_range(L):
+        rows = rows + (u[i] * grow - slow * (x[i] + pull),)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward.
+
+
+@triton.jit(do_not_specialize=["T", "C"])
+def forward_kernel(
+    stimulus, conductance, deviation, state, new_state, carries, D, a, b, eps, dt, V, U, T, C,
+    STEPS: tl.constexpr, L: tl.constexpr, W: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    row, channel, site = place(C, L, W, N)
+    D, a, b, eps = parameters(D, a, b, eps, channel, C)
+    slow, grow, pull = dt * eps, 1 + dt * eps * b, V + a - b * U
+    owner = (channel < C) & (site == 0)  # of the lanes that hold the same
+    line = channel + tl.zeros((W, N), tl.int32)
+    state, new_state = state + row * STEPS * C + line, new_state + row * STEPS * C + line
+    carries += row * tl.cdiv(T, L * W) * STEPS * C + line
+    carry = ()
+    for s in tl.static_range(STEPS):
+        carry = carry + (tl.load(state + s * C, mask=channel < C, other=V) - V,)
+    start = 0
+    at, left = chunk_at(start, row, channel, site, T, C)
+    I, g = rows_of(stimulus, at, left, C, L), rows_of(conductance, at, left, C, L)
+    for _ in range(tl.cdiv(T, L * W)):
+        start = tl.minimum(start + L * W, T)
+        next_at, next_left = chunk_at(start, row, channel, site, T, C)
+        next_I, next_g = rows_of(stimulus, next_at, next_left, C, L), rows_of(conductance, next_at, next_left, C, L)
+        A = couplings(g, left, D, dt, L)
+        x, u, ends = (tl.zeros((W, N), tl.float32),) * L, (tl.zeros((W, N), tl.float32),) * L, ()
+        for s in tl.static_range(STEPS):
+            tl.store(carries + s * C, carry[s], mask=owner)
+            x, befores, end = scan(A, drives(A, x, u, I, dt, V, L), carry[s], L)
+            u, ends = recovered(u, x, slow, grow, pull, L), ends + (end,)
+        carry = ends
+        carries += STEPS * C
+        put(deviation, x, at, left, C, L)
+        I, g, at, left = next_I, next_g, next_at, next_left
+    for s in tl.static_range(STEPS):
+        tl.store(new_state + s * C, carry[s] + V, mask=owner)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward. y is the gradient of a site's x' that the scan has gathered (scan_triton.py), gx and gu are those of x and u
+# after the step. With L_t = dt D g_t: dr = (1 - A) y and dL = dr (x'_{t-1} - x'_t), which no division needs.
+
+
+@triton.jit
+def drive_gradients(A, gx, after, L: tl.constexpr):
+    """dr."""
+    rows = ()
+    for i in tl.static_range(L):
+        rows = rows + ((1 - A[i]) * (gx[i] + after[i]),)
+    return rows
+
+
+@triton.jit
+def coupling_gradients(gL, gr, before, x, L: tl.constexpr):
+    rows = ()
+    for i in tl.static_range(L):
+        rows = rows + (gL[i] + gr[i] * (before[i] - x[i]),)
+    return rows
+
+
+@triton.jit
+def recovery_gradients(gu, gr, dt, grow, L: tl.constexpr):
+    """The gradient of u + dt eps (x + V + a - b U), from those of the u that it becomes: by the next r, and later."""
+    rows = ()
+    for i in tl.static_range(L):
+        rows = rows + ((gu[i] - dt * gr[i]) * (1 / grow),)
+    return rows
+
+
+@triton.jit
+def state_gradients(gr, gu, x, dt, slow, V, L: tl.constexpr):
+    """gx of the step before."""
+    rows = ()
+    for i in tl.static_range(L):
+        rows = rows + (gr[i] * (1 + dt * (1 - V * V - x[i] * (2 * V + x[i]))) + slow * gu[i],)
+    return rows
+
+
+@triton.jit
+def scaled(x, by, L: tl.constexpr):
+    rows = ()
+    for i in tl.static_range(L):
+        rows = rows + (x[i] * by,)
+    return rows
+
+
+@triton.jit
+def total(x, L: tl.constexpr):
+    y = x[0]
+    for i in tl.static_range(1, L):
+        y += x[i]
+    return y
+
+
+@triton.jit
+def entering(carries, start, channel, C, STEPS: tl.constexpr):
+    """Of each step, the x that enters the chunk at `start`."""
+    xs = ()
+    for s in tl.static_range(STEPS):
+        xs = xs + (tl.load(carries + s * C, mask=(channel < C) & (start >= 0), other=0.0),)
+    return xs
+
+
+@triton.jit(do_not_specialize=["T", "C"])
+def backward_kernel(
+    grad, stimulus, conductance, carries, d_stimulus, d_conductance, partial, D, a, b, eps, dt, V, U, T, C,
+    STEPS: tl.constexpr, L: tl.constexpr, W: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    row, channel, site = place(C, L, W, N)
+    D, a, b, eps = parameters(D, a, b, eps, channel, C)
+    slow, grow, pull = dt * eps, 1 + dt * eps * b, V + a - b * U
+    carries += ((row + 1) * tl.cdiv(T, L * W) - 1) * STEPS * C + channel + tl.zeros((W, N), tl.int32)
+    zero = tl.zeros((W, N), tl.float32)
+    sum_D, sum_p, sum_px, sum_pu, carry = zero, zero, zero, zero, (zero,) * STEPS
+    start = (tl.cdiv(T, L * W) - 1) * (L * W)
+    at, left = chunk_at(start, row, channel, site, T, C)
+    I, g, gx = rows_of(stimulus, at, left, C, L), rows_of(conductance, at, left, C, L), rows_of(grad, at, left, C, L)
+    enters = entering(carries, start, channel, C, STEPS)
+    for _ in range(tl.cdiv(T, L * W)):
+        start = tl.maximum(start - L * W, -1)
+        carries -= STEPS * C
+        next_at, next_left = chunk_at(start, row, channel, site, T, C)
+        next_I, next_g = rows_of(stimulus, next_at, next_left, C, L), rows_of(conductance, next_at, next_left, C, L)
+        next_gx, next_enters = rows_of(grad, next_at, next_left, C, L), entering(carries, start, channel, C, STEPS)
+        A = couplings(g, left, D, dt, L)
+        x, u, states, befores = (zero,) * L, (zero,) * L, ((zero,) * L,), ()
+        for s in tl.static_range(STEPS):
+            if s > 0:
+                u = recovered(u, x, slow, grow, pull, L)
+            x, before, end = scan(A, drives(A, x, u, I, dt, V, L), enters[s], L)
+            states, befores = states + (x,), befores + (before,)
+        gL, gI, gu, ends = (zero,) * L, (zero,) * L, (zero,) * L, ()
+        for s in tl.static_range(STEPS - 1, -1, -1):
+            z, after, end = scan(A, products(A, gx, L), carry[s], L, True)
+            gr, ends = drive_gradients(A, gx, after, L), (end,) + ends
+            gL, gI = coupling_gradients(gL, gr, befores[s], states[s + 1], L), sums(gI, gr, L)
+            if s > 0:
+                gu = recovery_gradients(gu, gr, dt, grow, L)
+                gx = state_gradients(gr, gu, states[s], dt, slow, V, L)
+                sum_p += total(gu, L)
+                sum_px += total(products(gu, states[s], L), L)
+                sum_pu += total(products(gu, u, L), L)
+                if s > 1:
+                    u = unrecovered(u, states[s], slow, grow, pull, L)
+        carry = ends
+        sum_D += total(products(gL, g, L), L)
+        put(d_stimulus, scaled(gI, dt, L), at, left, C, L)
+        put(d_conductance, scaled(gL, dt * D, L), at, left, C, L)
+        I, g, gx, enters, at, left = next_I, next_g, next_gx, next_enters, next_at, next_left
+    p, px, pu = tl.sum(sum_p, 0)[None, :], tl.sum(sum_px, 0)[None, :], tl.sum(sum_pu, 0)[None, :]
+    partial += row * 4 * C + channel
+    tl.store(partial, tl.sum(sum_D, 0)[None, :] * dt, mask=channel < C)
+    tl.store(partial + C, slow * p, mask=channel < C)
+    tl.store(partial + 2 * C, -slow * (pu + U * p), mask=channel < C)
+    tl.store(partial + 3 * C, dt * (px + pull * p - b * pu), mask=channel < C)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching.
+
+
+def sizes_of(kernel, steps):
+    """The backward keeps the rows of all steps: the more there are, the shorter. Nothing spills up to 8 steps."""
+    L = 8 if kernel is forward_kernel or steps <= 2 else 4 if steps <= 7 else 2
+    return {"STEPS": steps, "L": L, "W": CHUNK // L, "N": L}  # W N = 32 lanes
+
+
+def saved(B, T, C, steps, like):
+    """An empty `carries`."""
+    return like.new_empty(B, triton.cdiv(T, CHUNK), steps, C, dtype=torch.float32)
+
+
+def triton_forward(stimulus, conductance, D, a, b, eps, dt, steps, state):
+    """(deviation (B, T, C), new_state (B, steps, C), carries (B, T / 32, steps, C)); see `fhn_propagate`."""
+    check_dtypes(stimulus, conductance)
+    stimulus, conductance = stimulus.contiguous(), conductance.contiguous()
+    parameters = [x.float().contiguous() for x in (D, a, b, eps)]
+    B, T, C = stimulus.shape
+    deviation, carries = torch.empty_like(stimulus), saved(B, T, C, steps, stimulus)
+    new_state = stimulus.new_empty(B, steps, C, dtype=torch.float32)
+    state = torch.full_like(new_state, REST_V) if state is None else state.float().contiguous()
+    tensors = stimulus, conductance, deviation, state, new_state, carries
+    launch(forward_kernel, (B, T, C), (*tensors, *parameters, dt, REST_V, REST_W), sizes_of(forward_kernel, steps))
+    return deviation, new_state, carries
+
+
+def triton_backward(grad, stimulus, conductance, D, a, b, eps, dt, steps, carries):
+    """(d_stimulus, d_conductance, dD, da, db, deps), those of the parameters in float32; see `fhn_propagate`."""
+    check_dtypes(grad, stimulus, conductance)
+    grad, stimulus, conductance, carries = (x.contiguous() for x in (grad, stimulus, conductance, carries))
+    parameters = [x.float().contiguous() for x in (D, a, b, eps)]
+    B, T, C = stimulus.shape
+    d_stimulus, d_conductance = torch.empty_like(stimulus), torch.empty_like(conductance)
+    partial = stimulus.new_empty(B, 4, C, dtype=torch.float32)
+    tensors = grad, stimulus, conductance, carries, d_stimulus, d_conductance, partial
+    launch(backward_kernel, (B, T, C), (*tensors, *parameters, dt, REST_V, REST_W), sizes_of(backward_kernel, steps))
+    return d_stimulus, d_conductance, *(x.clone() for x in partial.sum(0))
+
+
+def bytes_moved(B, T, C, steps, element_size=4, backward=False):
+    """What a kernel loads and stores. The floor is the first term: each tensor of size B T C once."""
+    rows = triton.cdiv(T, CHUNK) * steps + (8 if backward else 2 * steps + 4)  # carries; partial or states; parameters
+    return B * C * ((5 if backward else 3) * T * element_size + 4 * rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For kernels/aot.py.
+
+
+def aot_rows(full=False):
+    """(name, kernel, signature, constexprs, num_warps, num_stages) of what can be launched; see kernels/aot.py."""
+    floats = ("state", "new_state", "carries", "partial", "D", "a", "b", "eps")
+    for steps in range(1, 9) if full else (1, 2, 4):
+        for dtype in POINTERS if full else (torch.float32, torch.bfloat16):
+            for word, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
+                name = f"fhn {word} {str(dtype).removeprefix('torch.')} steps={steps}"
+                yield aot_row(name, kernel, dtype, sizes_of(kernel, steps), floats, ("dt", "V", "U"))

@@ -1,0 +1,235 @@
+"""
+The gated recurrence h_t = A_t h_{t-1} + b_t on a GPU: Triton kernels, the maths and arguments of `scan.py`.
+
+A program is one warp; it owns a batch row and N channels, and walks over time once, chunk by chunk. A chunk is W
+neighbouring segments of L positions: each of the warp's 32 lanes has one segment of one channel, its L positions as a
+tuple of L tiles (W, N), so nearly all of a scan is plain arithmetic on registers. Only the W ends pass from lane to
+lane, by shuffles: no shared memory, no barrier, no atomics, bit-equal runs. The next chunk is loaded while this one is
+solved. fhn_triton.py is built from the same parts.
+
+Bytes: forward and backward load each input once and store each result once. `bytes_moved` counts all of it; above the
+floor, 3 B T C elements forward and 5 backward, is one row: 1 part in 3 T or in 5 T. 16-bit rows of N = 8 channels are
+half a sector of 32 bytes, whose other half the neighbouring program should find in the L2 cache.
+
+TRITON_INTERPRET=1 runs this on a CPU; `python kernels/aot.py` compiles it without a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the kernels share. "Rows" are tuples of L tiles (W, N): tile i holds position i of every segment.
+
+
+@triton.jit
+def compose(a1, b1, a2, b2):
+    """x -> a x + b for two spans of time, the first one first."""
+    return a2 * a1, a2 * b1 + b2
+
+
+@triton.jit
+def scan(A, b, carry, L: tl.constexpr, REVERSE: tl.constexpr = False):
+    """x_t = A_t x_{t-1} + b_t over a chunk: (rows of x, rows of the x before each, the last x).
+
+    REVERSE: x_t = A_t x_{t+1} + b_t. Carry and last x are (W, N), the same for all segments.
+    """
+    W: tl.constexpr = carry.shape[0]
+    segment = tl.broadcast_to(tl.arange(0, W)[:, None], carry.shape)
+    if REVERSE:
+        A, b = A[::-1], b[::-1]
+    decay, x = A[0], b[0]
+    for i in tl.static_range(1, L):
+        decay, x = compose(decay, x, A[i], b[i])
+    first = segment == (W - 1 if REVERSE else 0)
+    decay, x = tl.associative_scan((decay, tl.where(first, x + decay * carry, x)), 0, compose, REVERSE)
+    last = tl.gather(x, tl.full(carry.shape, 0 if REVERSE else W - 1, tl.int32), 0)
+    neighbour = tl.minimum(segment + 1, W - 1) if REVERSE else tl.maximum(segment - 1, 0)
+    x = tl.where(first, carry, tl.gather(x, neighbour, 0))
+    values, befores = (), ()
+    for i in tl.static_range(L):  # once more, now with what comes into the segment
+        befores = befores + (x,)
+        x = A[i] * x + b[i]
+        values = values + (x,)
+    if REVERSE:
+        values, befores = values[::-1], befores[::-1]
+    return values, befores, last
+
+
+@triton.jit
+def place(C, L: tl.constexpr, W: tl.constexpr, N: tl.constexpr):
+    """This program's batch row (int64), its channels (1, N), and the first position (W, 1) of each segment."""
+    blocks = tl.cdiv(C, N)
+    row, channel = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * N + tl.arange(0, N)
+    return row, channel[None, :], tl.arange(0, W)[:, None] * L
+
+
+@triton.jit
+def chunk_at(start, row, channel, site, T, C):
+    """Where the segments of the chunk at `start` begin in (B, T, C), and how many of their rows there are; (W, N) both.
+
+    A negative start is no chunk. The callers move `start` by a minimum or maximum: if by a plain sum, LLVM would keep
+    a pointer for each row of each tensor in registers.
+    """
+    at = row * T * C + tl.cast(start, tl.int64) * C + site * C + channel
+    return at, tl.where((channel < C) & (start >= 0), T - start - site, 0)
+
+
+@triton.jit
+def rows_of(x, at, left, C, L: tl.constexpr):
+    """L rows of x in float32; 0 where there is none."""
+    rows = ()
+    for i in tl.static_range(L):
+        rows = rows + (tl.load(x + (at + i * C), mask=i < left, other=0.0).to(tl.float32),)
+    return rows
+
+
+@triton.jit
+def put(x, rows, at, left, C, L: tl.constexpr):
+    for i in tl.static_range(L):
+        tl.store(x + (at + i * C), rows[i].to(x.dtype.element_ty), mask=i < left)
+
+
+@triton.jit
+def passing(A, left, L: tl.constexpr):
+    """A, and 1 where there is no position: with b = 0 what comes in passes through."""
+    rows = ()
+    for i in tl.static_range(L):
+        rows = rows + (tl.where(i < left, A[i], 1.0),)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward.
+
+
+@triton.jit(do_not_specialize=["T", "C"])
+def forward_kernel(A, b, h0, h, T, C, L: tl.constexpr, W: tl.constexpr, N: tl.constexpr):
+    row, channel, site = place(C, L, W, N)
+    carry = tl.load(h0 + (row * C + channel + tl.zeros((W, N), tl.int32)), mask=channel < C, other=0.0).to(tl.float32)
+    start = 0
+    at, left = chunk_at(start, row, channel, site, T, C)
+    a_rows, b_rows = rows_of(A, at, left, C, L), rows_of(b, at, left, C, L)
+    for _ in range(tl.cdiv(T, L * W)):
+        start = tl.minimum(start + L * W, T)
+        next_at, next_left = chunk_at(start, row, channel, site, T, C)
+        next_a, next_b = rows_of(A, next_at, next_left, C, L), rows_of(b, next_at, next_left, C, L)
+        x, befores, carry = scan(passing(a_rows, left, L), b_rows, carry, L)
+        put(h, x, at, left, C, L)
+        a_rows, b_rows, at, left = next_a, next_b, next_at, next_left
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward. With y_t = grad_t + A_{t+1} y_{t+1}: db = y and dA_t = y_t h_{t-1}. The scan runs over z_t = A_t y_t, that
+# is A_t z_{t+1} + A_t grad_t, so that no A of a neighbour is needed: y_t = grad_t + z_{t+1}, and dh0 = z_0.
+
+
+@triton.jit
+def products(x, y, L: tl.constexpr):
+    rows = ()
+    for i in tl.static_range(L):
+        rows = rows + (x[i] * y[i],)
+    return rows
+
+
+@triton.jit
+def sums(x, y, L: tl.constexpr):
+    rows = ()
+    for i in tl.static_range(L):
+        rows = rows + (x[i] + y[i],)
+    return rows
+
+
+@triton.jit
+def earlier_rows_of(h, h0, start, row, channel, site, at, left, C, L: tl.constexpr):
+    """The rows of h one position earlier."""
+    rows, zero = (), tl.zeros(at.shape, tl.float32)
+    first = (left > 0) & (start + site == 0)
+    initial = tl.load(h0 + (row * C + channel + zero.to(tl.int32)), mask=first, other=0.0).to(tl.float32)
+    for i in tl.static_range(L):
+        x = tl.load(h + (at + (i - 1) * C), mask=(i < left) & (start + site + i > 0), other=0.0).to(tl.float32)
+        rows = rows + (x + initial if i == 0 else x,)
+    return rows
+
+
+@triton.jit(do_not_specialize=["T", "C"])
+def backward_kernel(grad, A, h, h0, dA, db, dh0, T, C, L: tl.constexpr, W: tl.constexpr, N: tl.constexpr):
+    row, channel, site = place(C, L, W, N)
+    start, carry = (tl.cdiv(T, L * W) - 1) * (L * W), tl.zeros((W, N), tl.float32)
+    at, left = chunk_at(start, row, channel, site, T, C)
+    g_rows, a_rows = rows_of(grad, at, left, C, L), rows_of(A, at, left, C, L)
+    before = earlier_rows_of(h, h0, start, row, channel, site, at, left, C, L)
+    for _ in range(tl.cdiv(T, L * W)):
+        start = tl.maximum(start - L * W, -1)
+        next_at, next_left = chunk_at(start, row, channel, site, T, C)
+        next_g, next_a = rows_of(grad, next_at, next_left, C, L), rows_of(A, next_at, next_left, C, L)
+        next_before = earlier_rows_of(h, h0, start, row, channel, site, next_at, next_left, C, L)
+        z, after, carry = scan(passing(a_rows, left, L), products(a_rows, g_rows, L), carry, L, True)
+        y = sums(g_rows, after, L)
+        put(db, y, at, left, C, L)
+        put(dA, products(y, before, L), at, left, C, L)
+        g_rows, a_rows, before, at, left = next_g, next_a, next_before, next_at, next_left
+    ends = dh0 + (row * C + channel + tl.zeros((W, N), tl.int32))
+    tl.store(ends, carry.to(dh0.dtype.element_ty), mask=(channel < C) & (site == 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching.
+
+CHUNK = 32  # positions
+SIZES = {"L": 8, "W": 4, "N": 8}  # W N = 32 lanes, L W = CHUNK
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+def check_dtypes(*tensors):
+    for x in tensors:
+        if x.dtype not in POINTERS:
+            raise ValueError(f"{x.dtype}: must be float32, bfloat16 or float16")
+
+
+def launch(kernel, shape, args, sizes):
+    """Runs `kernel` for (B, T, C), a program for each batch row and N channels."""
+    B, T, C = shape
+    with torch.cuda.device_of(args[0]):
+        kernel[(B * triton.cdiv(C, sizes["N"]),)](*args, T, C, **sizes, num_warps=1, num_stages=1)
+
+
+def triton_forward(A, b, h0):
+    """h (B, T, C); see `gated_scan`."""
+    check_dtypes(A, b, h0)
+    A, b, h0 = A.contiguous(), b.contiguous(), h0.contiguous()
+    h = torch.empty_like(A)
+    launch(forward_kernel, A.shape, (A, b, h0, h), SIZES)
+    return h
+
+
+def triton_backward(grad, A, h, h0):
+    """Gradients (dA, db, dh0); see `gated_scan`."""
+    check_dtypes(grad, A, h, h0)
+    grad, A, h, h0 = (x.contiguous() for x in (grad, A, h, h0))
+    dA, db, dh0 = torch.empty_like(A), torch.empty_like(A), torch.empty_like(h0)
+    launch(backward_kernel, A.shape, (grad, A, h, h0, dA, db, dh0), SIZES)
+    return dA, db, dh0
+
+
+def bytes_moved(B, T, C, element_size=4, backward=False):
+    """What a kernel loads and stores: each tensor of B T C once, the floor, and h0 or its gradient."""
+    return element_size * B * C * ((5 if backward else 3) * T + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For kernels/aot.py.
+
+
+def aot_row(name, kernel, dtype, constexprs, floats=(), scalars=()):
+    """A row for a kernel whose pointers are to `dtype`, except `floats`, to float32; `scalars` are float32 values."""
+    types = dict.fromkeys(("T", "C"), "i32") | dict.fromkeys(floats, "*fp32") | dict.fromkeys(scalars, "fp32")
+    types |= dict.fromkeys(constexprs, "constexpr")
+    return name, kernel, {x: types.get(x, POINTERS[dtype]) for x in kernel.arg_names}, constexprs, 1, 1
+
+
+def aot_rows(full=False):
+    """(name, kernel, signature, constexprs, num_warps, num_stages) of what can be launched; see kernels/aot.py."""
+    for dtype in POINTERS if full else (torch.float32, torch.bfloat16):
+        for word, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
+            yield aot_row(f"scan {word} {str(dtype).removeprefix('torch.')}", kernel, dtype, SIZES)
