@@ -17,6 +17,7 @@ each idea has a section, a rule with its equation, cost and source, then the cod
     geometry          Poisson-disk cells, Fe-RoPE, Ramanujan positions, knots
     token mixers      attention (softmax, sigmoid), FitzHugh-Nagumo waves, Kaufmann attention, region feedback
     channel mixers    MLP, SwiGLU, WaveKAN, BioMLP
+    wiring            gated residuals, hyper-connections, layer aggregation
     memory, manifolds spheres, rotors, E7, spectral coordinates; HTM-style meta-updates
     heads             multi-facet softmax, slates, L4 auto-encoder
     learning rules    limits on the stream, direct feedback alignment, GrAPE, what they are measured by
@@ -50,6 +51,7 @@ from kernels.e7 import e7_representation as e7_representation
 from kernels.e7 import e7_roots as e7_roots
 from kernels.fhn import REST_V, REST_W, fhn_propagate
 from kernels.heads import chunked_cross_entropy, mixture_cross_entropy, mixture_log_probs, sum_dtype
+from kernels.hyper import mix, rms_project, sinkhorn, spread
 from kernels.knots import gauss_linking_integrals, linking_numbers, strand_links
 from kernels.oscillator import oscillate
 from kernels.scan import gated_scan
@@ -147,6 +149,14 @@ class GPTConfig:
     n_eigenvectors: int = 8  # spectral coordinates: eigenvectors of the landmarks' graph
     spectral_landmarks: int = 64  # learned points that make the graph
     spectral_refresh: int = 100  # optimiser steps between eigen-decompositions
+    # -- residual wiring ----------------------------------------------------------------------------------------------
+    gated_blocks: bool = False  # a learned scalar, 1 at first, on each sublayer's output
+    use_mhc: bool = False  # hyper-connections: mhc_streams residual streams, mixed by each sublayer
+    mhc_streams: int = 4  # of use_mhc
+    mhc_sinkhorn_iters: int = 20  # of hc_mode="mhc": how often rows and columns are normalised
+    hc_mode: str = "mhc"  # how streams mix: "mhc" (doubly stochastic: cannot amplify) | "hc" (unconstrained)
+    use_mla: bool = False  # aggregate the layers' outputs
+    mla_mode: str = "dense"  # "dense" (each block's output a learned sum of all so far) | "scalar" (a mix for the head)
     # -- heads --------------------------------------------------------------------------------------------------------
     tie_weights: bool = True  # the output embedding is the token embedding; False = a table of its own
     loss_chunk: int = 0  # tokens of logits alive at once in training, whose forward returns the last only; 0 = all
@@ -231,6 +241,7 @@ class GPTConfig:
         self.check_heads()
         self.check_manifold()
         self.check_local_learning()
+        self.check_wiring()
         self.refuse_idle("use_knot_attention", self.has_knots(), "knot_block", "knot_vertices", "knot_threshold",
                          "knot_k", "knot_learned_threshold")  # fmt: skip
         self.refuse_idle("cells of their own (here anchors make them)", not self.has_anchors, "knot_block")
@@ -395,6 +406,24 @@ class GPTConfig:
             raise ValueError("vq_codes=1 leaves one direction: must be at least 2")
         if self.vq_lattice and self.n_embd % 7:
             raise ValueError(f"vq_lattice needs groups of 7 channels: n_embd={self.n_embd} is no multiple of 7")
+
+    def check_wiring(self):
+        one_of(self, "hc_mode", ("mhc", "hc"))
+        one_of(self, "mla_mode", ("dense", "scalar"))
+        self.refuse_idle("use_mhc", self.use_mhc, "mhc_streams", "mhc_sinkhorn_iters", "hc_mode")
+        self.refuse_idle('hc_mode="mhc"', self.hc_mode == "mhc", "mhc_sinkhorn_iters")
+        self.refuse_idle("use_mla", self.use_mla, "mla_mode")
+        if self.mhc_streams < 2 or self.mhc_sinkhorn_iters < 1:
+            raise ValueError("mhc_streams must be >= 2 (one stream is use_mhc=False), mhc_sinkhorn_iters >= 1")
+        if self.use_mla and self.mla_mode == "scalar" and self.n_layer < 2:
+            raise ValueError('mla_mode="scalar" mixes layers: n_layer must be at least 2')
+        if self.use_mhc and self.method != "bp":
+            raise ValueError('use_mhc makes its coefficients outside of linear layers: it needs method="bp"')
+        if self.use_mla and self.method == "dfa":
+            raise ValueError("use_mla reaches around dfa's cuts: leave it out")
+        limits = [name for name in ("resid_topk", "vq_codes", "vq_lattice", "subspace_rank") if self.differs(name)]
+        if self.use_mhc and limits:
+            raise ValueError(f"use_mhc has several streams and {limits[0]} limits one: leave one of them out")
 
     def check_heads(self):
         for name in ("mfs_K", "mfs_P", "mfs_layers", "ae_window", "slate_window"):
@@ -1096,7 +1125,7 @@ def knot_choice(linking, threshold, k, first=0):
     return index, rank >= 0
 
 
-def spread(values, index, C):
+def scatter_choice(values, index, C):
     """values (B, nh, R, K) at the cells in index, 0 elsewhere: (B, nh, R, C)."""
     return values.new_zeros(*index.shape[:3], C).scatter(-1, index, values)
 
@@ -1160,8 +1189,8 @@ class KnotGate(nn.Module):
         if self.training:
             earlier = sum(max(0, c - 1) for c in range(rows.start, rows.stop)) * index.size(0) * index.size(1)
             self.measured["link_density"] = chosen.sum() / max(1, earlier)
-        allowed = spread(chosen, index, C) | self.cells.allowed[rows, :C]
-        return allowed, spread(bias * chosen, index, C)
+        allowed = scatter_choice(chosen, index, C) | self.cells.allowed[rows, :C]
+        return allowed, scatter_choice(bias * chosen, index, C)
 
     def extend(self, x, state):
         """The same in decoding, x (B, T, C) the new tokens: strands of complete cells are kept, and the current row."""
@@ -2249,6 +2278,143 @@ class ColumnMeta(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Residual wiring: what a sublayer f reads from the residual stream, and how its output returns.
+#   Plain: x + gate f(x). Hyper-connections: n streams x (B, T, n, C), x' = H_res x + H_post f(H_pre x), coefficients of
+#   each token made from its streams. "mhc": H_pre = sigmoid, H_post = 2 sigmoid, H_res doubly stochastic by Sinkhorn's
+#   iteration, columns last, so that it keeps the streams' mean and never amplifies. "hc": unconstrained.
+#   Layer aggregation mixes the layers' outputs, or the means of their streams.
+# Cost: n residual streams of activations; a token and sublayer, 2 n^2 (n + 2) C FLOPs for the coefficients and
+# 2 n (n + 2) C for mixing. Sources: Xie et al. 2025, arXiv 2512.24880; Zhu et al. 2024, arXiv 2409.19606; DenseFormer,
+# Pagliardini et al. 2024, arXiv 2402.02622; scalar mix, Peters et al. 2018, arXiv 1802.05365.
+
+
+class Residual(nn.Module):
+    """x + f(x), or x + gate f(x) with a learned gate."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(())) if config.gated_blocks else None
+
+    def forward(self, x, f):
+        return x + f(x) if self.gate is None else x + self.gate * f(x)
+
+
+class HyperConnections(nn.Module):
+    """A sublayer f of n streams, the index-th of `sublayers`; `measured` says how far H_res is from doubly stochastic.
+
+    At the start H_pre reads stream index mod n, so that the streams' gradients differ: with equal streams H_res would
+    have none, since its rows and columns cannot move their sums. The last H_res of "mhc" would be averaged away.
+    """
+
+    def __init__(self, config, index, sublayers):
+        super().__init__()
+        n, C = config.mhc_streams, config.n_embd
+        self.n, self.iters, self.constrained = n, config.mhc_sinkhorn_iters, config.hc_mode == "mhc"
+        self.mixes = index + 1 < sublayers or not self.constrained
+        own = torch.arange(n) == index % n
+        if self.constrained:
+            self.sizes = (n, n, n * n if self.mixes else 0)
+            pre = torch.where(own, 0.9, 0.1 / (n - 1)).logit()
+            static = (pre, torch.zeros(n), 4 * torch.eye(n).flatten()[: self.sizes[2]])
+            self.coefficients = nn.Linear(n * C, sum(self.sizes), bias=False)
+        else:  # the same small map for each stream
+            self.sizes = (1, 1, n)
+            static = (torch.stack((own.float(), torch.ones(n)), 1), torch.eye(n))
+            self.coefficients = nn.Linear(C, n + 2, bias=False)
+            static = (torch.cat(static, 1).flatten(),)
+        self.static = nn.Parameter(torch.cat(static))  # one dimension: weight decay must not pull it to 0
+        self.scale = nn.Parameter(torch.full((3 if self.mixes else 2,), 0.01))  # of the dynamic part
+        self.gate = nn.Parameter(torch.ones(())) if config.gated_blocks else None
+        self.measured = {"row_error": torch.zeros(()), "column_error": torch.zeros(())} if self.mixes else {}
+        self.last_res = None  # H_res of each row's last token in the last training step, (B, n, n)
+
+    def forward(self, x, f):
+        """x (B, T, n, C) -> the same."""
+        B, T, n, C = x.shape
+        x = x.flatten(0, 1)
+        x, pre, post, res = self.weights(x)
+        if self.gate is not None:
+            post = post * self.gate
+        if self.training and res is not None:
+            self.measure(res.detach().unflatten(0, (B, T)))
+        h, x = mix(x, pre, res)
+        y = f(h.view(B, T, C)).flatten(0, 1)
+        return spread(x, y, post, in_place=res is not None).view(B, T, n, C)
+
+    def weights(self, x):
+        """x (N, n, C), H_pre (N, n), H_post (N, n), H_res (N, n, n) or None, in float32 or better, for streams x."""
+        n = self.n
+        scale = torch.cat([s.expand(size) for s, size in zip(self.scale, self.sizes)])
+        if not self.constrained:
+            z, again = rms_project(x.flatten(0, 1), self.coefficients.weight)
+            z = torch.addcmul(self.static.view(n, -1), scale, z.tanh().view(-1, n, n + 2))
+            pre, post, res = z.split(self.sizes, 2)
+            return again.view_as(x), pre.squeeze(2), post.squeeze(2), res.mT
+        z, again = rms_project(x.flatten(1), self.coefficients.weight)
+        pre, post, res = torch.addcmul(self.static, scale, z).split(self.sizes, 1)
+        if not self.mixes:
+            return x, pre.sigmoid(), 2 * post.sigmoid(), None
+        return again.view_as(x), pre.sigmoid(), 2 * post.sigmoid(), sinkhorn(res.unflatten(1, (n, n)), self.iters)
+
+    def measure(self, res):
+        self.last_res = res[:, -1]
+        self.measured["row_error"] = (res.sum(-1) - 1).abs().amax()
+        self.measured["column_error"] = (res.sum(-2) - 1).abs().amax()
+
+    def flops_per_token(self, T):
+        n, C = self.n, self.coefficients.in_features // (self.n if self.constrained else 1)
+        linear = 0 if self.constrained else 2 * (n - 1) * self.coefficients.weight.numel()  # it runs on each stream
+        sweeps = 4 * n * n * self.iters if self.constrained and self.mixes else 0
+        return linear + sweeps + 2 * n * C * (2 + n * self.mixes)
+
+
+def composite_gain(model):
+    """The most that all H_res in turn amplify a signal: the largest absolute row sum of their product, a 0-d tensor."""
+    gain = None
+    for wire in (m for m in model.modules() if isinstance(m, HyperConnections) and m.last_res is not None):
+        gain = wire.last_res if gain is None else wire.last_res @ gain
+    return gain.abs().sum(-1).amax()
+
+
+def wiring(config, layer, sublayer):
+    """The wiring of a block's sublayer, 0 the first."""
+    if not config.use_mhc:
+        return Residual(config)
+    a_block = 3 if config.use_region_feedback else 2
+    return HyperConnections(config, layer * a_block + sublayer, config.n_layer * a_block)
+
+
+def stream_mean(x):
+    """What a head reads: (B, T, C) of the residual stream x (B, T, C) or of streams (B, T, n, C)."""
+    return x.mean(2) if x.dim() == 4 else x
+
+
+class LayerAggregation(nn.Module):
+    """ "dense": each block's output becomes a learned sum of all blocks' so far and the embedding, at first itself;
+    "scalar": the head reads a softmax mix of all blocks' outputs, at first their mean."""
+
+    def __init__(self, config):
+        super().__init__()
+        n = config.n_layer
+        self.dense = config.mla_mode == "dense"
+        if self.dense:
+            self.weights = nn.ParameterList((torch.arange(k) == k - 1).float() for k in range(2, n + 2))
+        else:
+            self.weights = nn.ParameterList([torch.zeros(n)])
+
+    def forward(self, x, outputs):
+        """What replaces block k's output x, given `outputs`, the embedding and blocks' means; x's mean is appended."""
+        mean = stream_mean(x)
+        outputs.append(mean)
+        if self.dense:
+            mixed = sum(w * y for w, y in zip(self.weights[len(outputs) - 2], outputs))
+            return mixed if x.dim() == 3 else x + (mixed - mean)[:, :, None]
+        if len(outputs) <= len(self.weights[0]):
+            return x
+        return sum(w * y for w, y in zip(self.weights[0].softmax(0), outputs[1:]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Windows over the past, which end at the current token and are zero before the start; x (B, T, C).
 
 
@@ -2796,15 +2962,18 @@ class Block(nn.Module):
         self.ln_2 = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
         others = {WaveKAN: config.use_kan, SwiGLU: config.use_swiglu, BioMLP: config.use_bio_mlp}
         self.mlp = next((mixer for mixer, is_on in others.items() if is_on), MLP)(config)
+        self.wire_1 = wiring(config, layer, 0)
+        self.wire_f = wiring(config, layer, 1) if config.use_region_feedback else None
+        self.wire_2 = wiring(config, layer, 2 if config.use_region_feedback else 1)
 
     def forward(self, x, state=None, spectrum=None, tap=None):
-        """x (B, T, C) after both sublayers; `tap`, if given, is called on the stream between them."""
-        x = x + self.attn(self.ln_1(x), state, spectrum)
+        """x after all sublayers, (B, T, C) or streams (B, T, n, C); `tap`, if given, is called before the last."""
+        x = self.wire_1(x, lambda h: self.attn(self.ln_1(h), state, spectrum))
         if self.feedback is not None:
-            x = x + self.feedback(x, state)
+            x = self.wire_f(x, lambda h: self.feedback(h, state))
         if tap is not None:
             x = tap(x)
-        return x + self.mlp(self.ln_2(x), state)
+        return self.wire_2(x, lambda h: self.mlp(self.ln_2(h), state))
 
 
 class GPT(nn.Module):
@@ -2828,6 +2997,7 @@ class GPT(nn.Module):
             self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
         self.manifold = ManifoldProjection(config) if config.use_manifold else None
         self.spectral = SpectralDecomposition(config) if config.has_spectrum else None
+        self.mla = LayerAggregation(config) if config.use_mla else None
         self.mfs = MFSHead(config) if config.use_mfs_head else None
         self.ae = SlidingWindowAE(config) if config.add_l4_losses else None
         self.slate = None
@@ -2933,13 +3103,20 @@ class GPT(nn.Module):
             moved, point, bent = self.manifold(x)
             x = x + moved
             spectrum = self.spectral(point) if self.spectral is not None else None
+        outputs = [x]
+        if self.config.use_mhc:
+            x = x[:, :, None].repeat(1, 1, self.config.mhc_streams, 1)  # (B, T, n, C)
         for n, block in enumerate(self.transformer.h, 1):
             x = block(x, state, spectrum, tap if tap is not None and self.dfa.in_sublayers else None)
             if self.limits is not None:
                 x = self.limits(x)
             if tap is not None and n < self.config.n_layer:
                 x = tap(x)
-            hiddens = [*hiddens, x][-self.config.mfs_layers :] if self.mfs is not None else hiddens
+            if self.mla is not None:
+                x = self.mla(x, outputs)
+            if self.mfs is not None:
+                hiddens = [*hiddens, stream_mean(x)][-self.config.mfs_layers :]
+        x = stream_mean(x)
         return x, hiddens, bent
 
     def nudged(self, idx, nudges):
@@ -2982,6 +3159,8 @@ class GPT(nn.Module):
         for module in (m for m in self.modules() if hasattr(m, "measured")):
             for name, value in module.measured.items():
                 found.setdefault(name, []).append(value)
+        if any(m.last_res is not None for m in self.modules() if isinstance(m, HyperConnections)):
+            found["composite_gain"] = [composite_gain(self)]
         return {name: torch.stack(values).mean() for name, values in found.items()}
 
     def get_avg_sparsity(self):

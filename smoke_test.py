@@ -183,6 +183,13 @@ VARIANTS = {
         "fuse_attn_local": True,
         **LOCAL,
     },
+    "gated_blocks": {"gated_blocks": True},
+    "mhc": {"use_mhc": True},
+    "mhc_2_streams_gated": {"use_mhc": True, "mhc_streams": 2, "gated_blocks": True},
+    "hc": {"use_mhc": True, "hc_mode": "hc"},
+    "mla": {"use_mla": True},
+    "mla_scalar": {"use_mla": True, "mla_mode": "scalar"},
+    "mhc_mla": {"use_mhc": True, "use_mla": True},
     "htm_lr": {"htm_meta_strength": 0.5, "htm_meta_decay": 0.5},
     "htm_momentum": {"htm_meta_strength": 0.5, "htm_meta_target": "momentum"},
     "geometric": {

@@ -26,7 +26,7 @@ EAGER_ONLY = {}  # variant: why torch.compile(fullgraph=True) cannot take it
 HARD_CHOICES = {"knots", "knots_learned", "knots_and_rings", "kaufmann", "kaufmann_pattern"}
 HARD_CHOICES |= {"bio_events", "bio_adaptive", "bio_dendrites", "topk", "vq_codes", "vq_lattice", "local_all"}
 # variants whose training two processes repeat in float64: AdamW scales up the rounding of gradients that nearly vanish
-ROUNDING = HARD_CHOICES | {"manifold_spectral"}
+ROUNDING = HARD_CHOICES | {"manifold_spectral", "loss_chunk"}
 STRAY = {"ln_ste"}  # variants whose surrogate error leads nowhere on text: a finding about them, see docs/variants.md
 KERNEL_SUMS = set()  # variants whose kernels may reorder sums: causal to 1e-6 and not to the last bit
 

@@ -25,7 +25,7 @@ from model import (
     karmarkar_karp,
     knot_choice,
     linking_number,
-    spread,
+    scatter_choice,
     strand_grid,
     strands,
 )
@@ -315,7 +315,7 @@ def test_choice_by_loops(seed, C, threshold, k):
 
     def chosen(linking, first=0):
         index, chosen = knot_choice(linking, threshold, k, first)
-        return spread(chosen, index, linking.size(3))
+        return scatter_choice(chosen, index, linking.size(3))
 
     full = chosen(linking)
     assert torch.equal(full, choice_by_loops(linking, threshold, k)) and torch.equal(full, full.tril(-2))

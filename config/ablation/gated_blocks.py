@@ -1,0 +1,3 @@
+# A learned scalar on each sublayer.
+out_dir = "out-ablation/gated_blocks"
+gated_blocks = True
