@@ -18,7 +18,7 @@ each idea has a section, a rule with its equation, cost and source, then the cod
     token mixers      attention (softmax, sigmoid), FitzHugh-Nagumo waves, Kaufmann attention, region feedback
     channel mixers    MLP, SwiGLU, WaveKAN, BioMLP
     wiring            gated residuals, hyper-connections, layer aggregation
-    memory, manifolds spheres, rotors, E7, spectral coordinates; HTM-style meta-updates
+    memory, manifolds SDRs, engram memory, spheres, rotors, E7, spectral coordinates; HTM-style meta-updates
     heads             multi-facet softmax, slates, L4 auto-encoder
     learning rules    limits on the stream, direct feedback alignment, GrAPE, what they are measured by
 
@@ -49,6 +49,7 @@ from kernels.e7 import e7_coset as e7_coset  # "as": others import these from he
 from kernels.e7 import e7_lattice_round as e7_lattice_round
 from kernels.e7 import e7_representation as e7_representation
 from kernels.e7 import e7_roots as e7_roots
+from kernels.engram import CHUNK, context_winners, intersect, k_winners, pack, recall, unpack, willshaw
 from kernels.fhn import REST_V, REST_W, fhn_propagate
 from kernels.heads import chunked_cross_entropy, mixture_cross_entropy, mixture_log_probs, sum_dtype
 from kernels.hyper import mix, rms_project, sinkhorn, spread
@@ -139,6 +140,16 @@ class GPTConfig:
     use_fhn_imex: bool = True  # coupling solved implicitly; False = explicit Euler, which reaches fhn_steps tokens back
     use_fhn_partitioning: bool = False  # channels in groups of balanced stimulus, normalised to a common level
     fhn_partitions: int = 4  # of use_fhn_partitioning: groups
+    # -- sparse distributed representations ---------------------------------------------------------------------------
+    use_sdr: bool = False  # a token is a set of bits, its embedding the sum of their vectors; wte's place
+    sdr_size: int = 2048  # bits, a multiple of 64
+    sdr_active: int = 40  # of them on in a token
+    sdr_boost: float = 0.1  # in training, what a bit that is always on loses in score (which spread by 0.1); 0 = off
+    sdr_radius: int = 2  # sites over which the map of bits is smoothed, to add a token's neighbourhood; 0 = no map
+    sdr_scales: int = 4  # time constants of the context, 2, 8, 32, ... tokens; 0 = no context
+    sdr_rule: str = "hebb"  # memory of what came next: "hebb" | "delta" | "willshaw" (hebb in training) | "none"
+    sdr_decay: float = 0.99  # a token: of the sums of "hebb" and of "willshaw" in training
+    sdr_value_dim: int = 64  # width of what the memory holds
     # -- manifolds ----------------------------------------------------------------------------------------------------
     use_manifold: bool = False  # after the embedding, add features of each token's point on a manifold
     manifold: str = "sphere"  # "sphere" | "e7" (the coset E7(7)/SU(8)) | "rotor" (Spin(8), rotations of 28 + 28)
@@ -242,6 +253,7 @@ class GPTConfig:
         self.check_manifold()
         self.check_local_learning()
         self.check_wiring()
+        self.check_sdr()
         self.refuse_idle("use_knot_attention", self.has_knots(), "knot_block", "knot_vertices", "knot_threshold",
                          "knot_k", "knot_learned_threshold")  # fmt: skip
         self.refuse_idle("cells of their own (here anchors make them)", not self.has_anchors, "knot_block")
@@ -406,6 +418,19 @@ class GPTConfig:
             raise ValueError("vq_codes=1 leaves one direction: must be at least 2")
         if self.vq_lattice and self.n_embd % 7:
             raise ValueError(f"vq_lattice needs groups of 7 channels: n_embd={self.n_embd} is no multiple of 7")
+
+    def check_sdr(self):
+        one_of(self, "sdr_rule", ("hebb", "delta", "willshaw", "none"))
+        self.refuse_idle("use_sdr", self.use_sdr, "sdr_size", "sdr_active", "sdr_boost", "sdr_radius", "sdr_scales",
+                         "sdr_rule", "sdr_decay", "sdr_value_dim")  # fmt: skip
+        self.refuse_idle('sdr_rule="hebb" or "willshaw"', self.sdr_rule in ("hebb", "willshaw"), "sdr_decay")
+        self.refuse_idle("a memory (sdr_rule)", self.sdr_rule != "none", "sdr_value_dim")
+        if self.sdr_size < 64 or self.sdr_size % 64 or not 1 <= self.sdr_active < self.sdr_size:
+            raise ValueError("sdr_size must be a multiple of 64, sdr_active in [1, sdr_size)")
+        if min(self.sdr_boost, self.sdr_radius, self.sdr_scales) < 0 or self.sdr_value_dim < 1:
+            raise ValueError("sdr_boost, sdr_radius and sdr_scales must be >= 0, sdr_value_dim >= 1")
+        if not 0 < self.sdr_decay <= 1:
+            raise ValueError(f"sdr_decay={self.sdr_decay}: must be in (0, 1]")
 
     def check_wiring(self):
         one_of(self, "hc_mode", ("mhc", "hc"))
@@ -1993,6 +2018,296 @@ class BioMLP(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Sparse distributed representations: a token is k = sdr_active of n = sdr_size bits, idx (B, T) -> x (B, T, C).
+#   word v:  bits_v = the k largest of scores_v (n), e_v = sum of its bits' vectors / sqrt(k); a map of the bits,
+#            smoothed, has k winners of its own, which add to e_v. d e_v / d scores_v: as if it were d e_v / d bits_v
+#   context: u_t = lambda u_{t-1} + bits_t at sdr_scales time constants, the k strongest bits of each, projected
+#   memory:  M_t = M_{t-1} "+" key_{t-1} value_t^T, reads key_t M_{t-1}: what came after (kernels/engram.py)
+# Parameters (V + C) n. Time: words O(V n C) a step, not a token; context O(T sdr_scales (n + k C)); memory O(T n d).
+# Sources: Kanerva 1988; Willshaw 1969; Hawkins & Ahmad 2016 (HTM); De Sousa Webber 2015, arXiv 1511.08855 (folding).
+
+SMALL_VOCABULARY = 0.25  # of sdr_size: words up to which all are computed at once, and the memory has a row for each
+
+
+class SDROperations:
+    """Sets of active bits, as index tensors (.., k) int64 without repeats, or packed, (.., ceil(n / 64)) int64."""
+
+    winners = staticmethod(k_winners)
+    pack = staticmethod(pack)
+    unpack = staticmethod(unpack)
+    intersection = staticmethod(intersect)
+
+    @staticmethod
+    def dense(active, n, dtype=torch.float32):
+        """(.., n) of zeros and ones."""
+        return torch.zeros(*active.shape[:-1], n, dtype=dtype, device=active.device).scatter_(-1, active, 1)
+
+    @staticmethod
+    def union(active, n):
+        """Packed union of the sets (.., m, k), (.., ceil(n / 64))."""
+        return pack_bool(SDROperations.dense(active, n, torch.bool).any(-2))
+
+    @staticmethod
+    def threshold(x, least):
+        """Packed set of the bits of x (.., n) that are at least `least`."""
+        return pack_bool(x >= least)
+
+    @staticmethod
+    def count(words):
+        """How many bits of packed sets (.., W) are on, (..)."""
+        return unpack(words, 64 * words.size(-1)).sum(-1)
+
+    @staticmethod
+    def overlap(a, b):
+        """How many bits packed sets a and b share, broadcast."""
+        return SDROperations.count(a & b)
+
+    @staticmethod
+    def hamming(a, b):
+        """How many bits packed sets a and b differ in, broadcast."""
+        return SDROperations.count(a ^ b)
+
+    @staticmethod
+    def subsample(active, m, generator=None):
+        """m of the k active bits of each set (.., k), (.., m)."""
+        order = torch.rand(active.shape, generator=generator, device=active.device)
+        return active.gather(-1, order.topk(m, sorted=False).indices)
+
+    @staticmethod
+    def noise(active, n, m, generator=None):
+        """The sets (.., k) with m of their bits moved to bits that were off."""
+        order = torch.rand(*active.shape[:-1], n, generator=generator, device=active.device).scatter(-1, active, -1.0)
+        kept = SDROperations.subsample(active, active.size(-1) - m, generator)
+        return torch.cat((kept, order.topk(m, sorted=False).indices), -1)
+
+
+def pack_bool(bits):
+    """Packed set (.., ceil(n / 64)) of bits (.., n) bool."""
+    bits = F.pad(bits, (0, -bits.size(-1) % 64)).unflatten(-1, (-1, 64)).long()
+    return (bits << torch.arange(64, device=bits.device)).sum(-1)
+
+
+class Fold(torch.autograd.Function):
+    """Sum of active bits' vectors over sqrt(k): active (U, k), vectors (n, C) -> (U, C).
+
+    Straight-through: scores (U, n) get the gradient that bits would, all n of them.
+    """
+
+    @staticmethod
+    def forward(ctx, scores, active, vectors):
+        ctx.save_for_backward(active, vectors)
+        ctx.dtype = scores.dtype
+        return F.embedding_bag(active, vectors, mode="sum") / math.sqrt(active.size(1))
+
+    @staticmethod
+    def backward(ctx, g):
+        active, vectors = ctx.saved_tensors
+        g = g / math.sqrt(active.size(1))
+        d_vectors = torch.zeros_like(vectors).index_add(0, active.flatten(), g.repeat_interleave(active.size(1), 0))
+        return (g @ vectors.mT).to(ctx.dtype), None, d_vectors
+
+
+class SemanticFoldingEncoder(nn.Module):
+    """Words to bits and to vectors. HTM boosting: in training, bits that were on too often have it harder to win."""
+
+    DUTY_RATE = 0.01  # of an optimiser step
+    SPREAD = 0.1  # of the scores at the start: the learning rate is their step, about
+
+    def __init__(self, config):
+        super().__init__()
+        n, self.k, self.boost = config.sdr_size, config.sdr_active, config.sdr_boost
+        self.scores = nn.Parameter(self.SPREAD * torch.randn(config.vocab_size, n))
+        self.vectors = nn.Parameter(0.02 * torch.randn(n, config.n_embd))
+        self.register_buffer("duty", torch.full((n,), self.k / n))  # share of tokens that a bit is on in
+        self.register_buffer("counted", torch.zeros(n + 1))  # tokens that each bit was on in, and all tokens
+
+    def forward(self, words=None):
+        """(scores (U, n), active (U, k), vectors (U, C)) of words (U,), or of all of them."""
+        scores = self.scores if words is None else self.scores[words]
+        favour = self.boost * (self.k / self.duty.numel() - self.duty) if self.training else 0.0
+        active = k_winners(scores.detach() + favour, self.k)
+        return scores, active, Fold.apply(scores, active, self.vectors)
+
+    @torch.no_grad()
+    def count(self, active, slots):
+        """Note which bits the tokens slots (B, T), rows of active (U, k), had on."""
+        slots = slots.flatten()
+        tokens = self.counted.new_zeros(len(active))
+        tokens.index_add_(0, slots, torch.ones_like(slots, dtype=tokens.dtype))
+        self.counted[:-1].index_add_(0, active.flatten(), tokens.repeat_interleave(self.k))
+        self.counted[-1] += slots.numel()
+
+    @torch.no_grad()
+    def before_step(self):
+        """Take in what all processes counted since the last optimiser step."""
+        all_reduce(self.counted)
+        self.duty.lerp_(self.counted[:-1] / self.counted[-1].clamp(min=1), self.DUTY_RATE)
+        self.counted.zero_()
+
+
+class SemanticRetina(nn.Module):
+    """The bits on a map, a torus, smoothed over sdr_radius sites and made sparse again: neighbours share meaning.
+
+    Binomial weights; an active bit enters with sigmoid(score).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.radius = config.sdr_radius
+        height = next(h for h in range(math.isqrt(config.sdr_size), 0, -1) if config.sdr_size % h == 0)
+        self.shape = (height, config.sdr_size // height)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def smooth(self, x):
+        """x (U, n), averaged over neighbours."""
+        x = x.unflatten(-1, self.shape)
+        for axis in (-1, -2):
+            for _ in range(self.radius):
+                x = x / 2 + (x.roll(1, axis) + x.roll(-1, axis)) / 4
+        return x.flatten(-2)
+
+    def forward(self, scores, active, vectors):
+        """(active (U, k) after smoothing, what it adds to the words' vectors (U, C))."""
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # in bfloat16, bits would tie
+        sites = torch.zeros_like(scores).scatter(-1, active, scores.detach().sigmoid().gather(-1, active))
+        smooth = self.smooth(scores + (sites - scores).detach())  # straight-through, to all bits and their neighbours
+        active = k_winners(smooth.detach(), active.size(-1))
+        return active, self.gain * Fold.apply(smooth, active, vectors)
+
+    def map(self, active):
+        """Bits (.., k) on the map, (.., height, width) of zeros and ones: what to draw."""
+        return SDROperations.dense(active, math.prod(self.shape)).unflatten(-1, self.shape)
+
+
+class ContextEncoder(nn.Module):
+    """What the text so far is about: (B, T, k) bits -> (B, T, C). Scale s forgets over 2 4^s tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.size, self.scales = config.sdr_size, config.sdr_scales
+        self.c_proj = nn.Linear(config.sdr_scales * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, keys, vectors, state=None):
+        store = {} if state is None else state.of(self)
+        if "field" not in store:
+            store["field"] = torch.zeros(len(keys), self.scales, self.size, device=keys.device)
+            store["winners"] = torch.arange(keys.size(-1), device=keys.device).repeat(len(keys), self.scales, 1)
+        decay = torch.exp(-0.5 * 0.25 ** torch.arange(self.scales, device=keys.device, dtype=torch.float32))
+        winners = context_winners(keys, decay, store["field"], store["winners"])  # (B, T, S, k)
+        folded = F.embedding_bag(winners.flatten(0, -2), vectors.detach(), mode="sum") / math.sqrt(keys.size(-1))
+        return self.c_proj(folded.view(*keys.shape[:2], -1))
+
+    def flops_per_token(self, T):
+        """The unions' decay."""
+        return self.scales * self.size
+
+
+class SDREngramMemory(nn.Module):
+    """Breadcrumbs: (B, T, C) of what followed the current bits before. Values are words' vectors, projected.
+
+    "hebb" and "willshaw" read the mean of what followed, with nothing as a prior of weight 1; "delta" what came last.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.size, self.rule, self.decay = config.sdr_size, config.sdr_rule, config.sdr_decay
+        self.vocab_size = config.vocab_size
+        self.has_word_rows = config.vocab_size <= SMALL_VOCABULARY * config.sdr_size
+        self.c_value = nn.Linear(config.n_embd, config.sdr_value_dim, bias=False)  # of a sum of bits: no bias
+        self.c_proj = nn.Linear(config.sdr_value_dim, config.n_embd, bias=config.bias)
+
+    def forward(self, slots, active, words, vectors, state=None):
+        """slots (B, T), rows of the words' active (U, k) and vectors `words` (U, C); vectors (n, C) those of bits."""
+        store = None if state is None else state.of(self)
+        if self.rule == "willshaw" and not self.training:
+            return self.c_proj(self.recall_bits(active[slots], vectors, {} if store is None else store))
+        values = self.c_value(words)
+        if self.rule != "delta":
+            values = torch.cat((values, torch.ones_like(values[:, :1])), 1)
+        rule = "delta" if self.rule == "delta" else "hebb"
+        o, kept = recall(slots, self.features(active, words.dtype), values, rule, self.decay, store)
+        if store is not None:
+            store.update(kept)
+        return self.c_proj((o if self.rule == "delta" else o[..., :-1] / (1 + o[..., -1:])).to(words.dtype))
+
+    def features(self, active, dtype):
+        """What the memory has rows for: bits, keys divided by sqrt(k), or words. Inner products are the same."""
+        k = active.size(1)
+        if not self.has_word_rows:
+            return lambda slots: 2 * (SDROperations.dense(active[slots], self.size, dtype) / math.sqrt(k),)
+        bits = SDROperations.dense(active, self.size)
+        overlaps = (bits @ bits.mT / k).to(dtype)
+        return lambda slots: (overlaps[slots], F.one_hot(slots, len(active)))
+
+    def recall_bits(self, keys, vectors, store):
+        """Means (B, T, d) of the values of the bits that the binary memory gives back."""
+        B, _, k = keys.shape
+        if "M" not in store:
+            store["M"] = keys.new_zeros(B, self.size, self.size // 64)
+        words = willshaw(keys, store.get("before", keys[:, 0, :0]), store["M"])
+        store["before"], values, means = keys[:, -1], self.c_value(vectors) / math.sqrt(k), []
+        for now in words.split(CHUNK, dim=1):
+            bits = unpack(now, self.size).to(values.dtype)
+            means.append(bits @ values / (1 + bits.sum(-1, keepdim=True) / k))
+        return torch.cat(means, 1)
+
+    def flops_per_token(self, T):
+        """Pairs within half a chunk, and one read and one write of the memory."""
+        rows = self.vocab_size if self.has_word_rows else self.size
+        return 2 * self.c_value.out_features * (min(T, CHUNK) // 2 + 2 * rows)
+
+
+class SDREmbedding(nn.Module):
+    """Takes wte's place: tokens (B, T) -> (x (B, T, C), the words' vectors (V, C) for a tied head, else None)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.vocab_size, self.is_tied = config.vocab_size, config.tie_weights
+        self.is_small = config.vocab_size <= SMALL_VOCABULARY * config.sdr_size
+        self.encoder = SemanticFoldingEncoder(config)
+        self.retina = SemanticRetina(config) if config.sdr_radius else None
+        self.context = ContextEncoder(config) if config.sdr_scales else None
+        self.memory = SDREngramMemory(config) if config.sdr_rule != "none" else None
+
+    def forward(self, idx, state=None):
+        store = {} if state is None else state.of(self)
+        if self.is_tied or self.is_small:
+            words, slots = None, idx
+        else:
+            words, slots = distinct(idx, self.vocab_size)
+        if words is not None or "words" not in store:
+            store["words"] = self.look_up(words)
+        active, folded, table = store["words"]
+        if self.training:
+            self.encoder.count(active, slots)
+        x = F.embedding(slots, table)
+        if self.context is not None:
+            x = x + self.context(active[slots], self.encoder.vectors, state)
+        if self.memory is not None:
+            x = x + self.memory(slots, active, folded, self.encoder.vectors, state)
+        return x, table if self.is_tied else None
+
+    def look_up(self, words=None):
+        """(active bits (U, k), their vector (U, C), that and the retina's (U, C)) of words (U,), or of all."""
+        scores, active, folded = self.encoder(words)
+        if self.retina is None:
+            return active, folded, folded
+        return active, folded, folded + self.retina(scores, active, self.encoder.vectors)[1]
+
+    def flops_per_token(self, T):
+        """A tied head's product; the words' own sums are a matter of the step, not of its tokens."""
+        return 2 * self.vocab_size * self.encoder.vectors.size(1) if self.is_tied else 0
+
+
+def distinct(idx, vocab_size):
+    """(words (U,), slots (B, T)) with words[slots] = idx. U depends on the shape alone: each word once, then zeros."""
+    ids, order = idx.flatten().sort()
+    slot = F.pad((ids[1:] != ids[:-1]).long(), (1, 0)).cumsum(0)
+    words = torch.zeros_like(ids[:vocab_size]).scatter(0, slot, ids)
+    return words, torch.empty_like(slot).scatter(0, order, slot).view_as(idx)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Manifolds: token -> point -> features, added back: x + tanh(gate) proj(f(p)), p = point(W ln(x)), the gate 0 at first.
 #   "sphere": p = W x / |W x| in manifold_dim dimensions, f = p sqrt(dim).
 #   "e7":     p = tanh(W x), 70 coordinates of E7(7)/SU(8); f = L(p) v for learned v in the 56 (kernels/e7.py).
@@ -2983,7 +3298,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.losses = {}
-        parts = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        parts = {"wte": SDREmbedding(config) if config.use_sdr else nn.Embedding(config.vocab_size, config.n_embd)}
         if config.pos_embedding == "learned":
             parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         if config.pos_embedding == "ramanujan":
@@ -2992,8 +3307,9 @@ class GPT(nn.Module):
         parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         parts["ln_f"] = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
         self.transformer = nn.ModuleDict(parts)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:
+        is_computed = config.use_sdr and config.tie_weights  # the head's matrix is then no parameter
+        self.lm_head = None if is_computed else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights and not config.use_sdr:
             self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
         self.manifold = ManifoldProjection(config) if config.use_manifold else None
         self.spectral = SpectralDecomposition(config) if config.has_spectrum else None
@@ -3053,27 +3369,28 @@ class GPT(nn.Module):
         if self.grape is not None and self.grape.is_listening and self.training:
             self.grape.observe(idx)
         is_cut, taps = self.dfa is not None and not self.dfa.exact and targets is not None, []
-        x, hiddens, bent = self.run_blocks(idx, state, cut_into(taps) if is_cut else None)
+        x, hiddens, bent, words = self.run_blocks(idx, state, cut_into(taps) if is_cut else None)
         if is_cut and self.dfa.feedback is None:  # the control: what the stream itself brings back to each tap
             x = Join.apply(x, None, *taps)
         chunked = targets is not None and self.training and self.config.loss_chunk > 0
         last_only = slice(-1, None) if targets is None or chunked else slice(None)
         if self.mfs is None and self.slate is None and not chunked:
             x = x[:, last_only]  # nothing else is read
-        h, weight = self.transformer.ln_f(x), self.lm_head.weight
+        h, weight = self.transformer.ln_f(x), words if self.lm_head is None else self.lm_head.weight
         if is_cut and self.dfa.feedback is not None:
             h = Join.apply(h, self.dfa.feedback, *taps)
-        slate = self.summary(h, idx, state) if self.needs_slate(targets) else None
+        slate = self.summary(h, idx, weight, state) if self.needs_slate(targets) else None
         if self.mfs is not None:
             mixture = self.mfs.mixture(hiddens, h, slate if self.config.has_region_slate else None, state)
             logits = self.mfs.log_probs(*(part[:, last_only] for part in mixture), weight)
         else:
-            logits = self.lm_head(h[:, last_only])
+            logits = F.linear(h[:, last_only], weight) if self.lm_head is None else self.lm_head(h[:, last_only])
         if state is not None:
             state.pos += T
         if targets is None:
             return logits, None
-        loss, token_loss = self.loss(logits, targets, (h, *mixture) if self.mfs is not None else (h,), chunked)
+        hidden = (h, *mixture) if self.mfs is not None else (h,)
+        loss, token_loss = self.loss(logits, targets, hidden, weight, chunked)
         self.losses = {"lm": loss.detach()}
         if self.htm is not None and self.training:
             activity = torch.cat([a for b in self.transformer.h for a in (b.attn.activity, b.mlp.activity)], -1)
@@ -3088,12 +3405,17 @@ class GPT(nn.Module):
         return logits, loss
 
     def run_blocks(self, idx, state=None, tap=None):
-        """(stream (B, T, C) after all blocks, the top layers' for the mixture, what the manifold's path bends or None).
+        """(stream (B, T, C) after all blocks, the top layers' for the mixture, the bend of the manifold's path or None,
+        the output embedding (V, C) where it is computed, or None).
 
         `tap` is called where dfa cuts, and returns what goes on.
         """
         past = 0 if state is None else state.pos
-        x = self.transformer.wte(idx)  # (B, T, C)
+        words = None
+        if self.config.use_sdr:
+            x, words = self.transformer.wte(idx, state)  # (B, T, C), (V, C)
+        else:
+            x = self.transformer.wte(idx)  # (B, T, C)
         if self.config.pos_embedding == "learned":
             x = x + self.transformer.wpe.weight[past : past + idx.size(1)]
         if self.config.pos_embedding == "ramanujan":
@@ -3117,19 +3439,19 @@ class GPT(nn.Module):
             if self.mfs is not None:
                 hiddens = [*hiddens, stream_mean(x)][-self.config.mfs_layers :]
         x = stream_mean(x)
-        return x, hiddens, bent
+        return x, hiddens, bent, words
 
     def nudged(self, idx, nudges):
         """The final hidden state (B, T, C) with nudges[l] (B, T, C) added at tap l, for GrAPE's probes."""
         nudge = iter(nudges)
         return self.transformer.ln_f(self.run_blocks(idx, tap=lambda x: x + next(nudge))[0])
 
-    def loss(self, logits, targets, hidden, chunked):
+    def loss(self, logits, targets, hidden, weight, chunked):
         """(mean loss, each token's where HTM asks), from logits or, chunked, from (h,) or (h, facets, log prior)."""
         if chunked and self.mfs is not None:
-            return self.mfs.loss(*hidden[1:], self.lm_head.weight, targets)
+            return self.mfs.loss(*hidden[1:], weight, targets)
         if chunked:
-            return chunked_cross_entropy(*hidden, self.lm_head.weight, targets, self.config.loss_chunk, per_token=True)
+            return chunked_cross_entropy(*hidden, weight, targets, self.config.loss_chunk, per_token=True)
         flat, targets = logits.view(-1, logits.size(-1)), targets.reshape(-1)  # log-probabilities are their own softmax
         each = None
         if self.htm is not None and self.training:
@@ -3141,11 +3463,11 @@ class GPT(nn.Module):
         in_head = self.mfs is not None and self.config.has_region_slate
         return in_head or (self.ae is not None and self.training and targets is not None)
 
-    def summary(self, h, idx, state):
+    def summary(self, h, idx, weight, state):
         """The slate (B, T, C) of hidden states h (B, T, C)."""
         slate = self.slate(h, state)
         if self.config.region_slate_include_error:
-            slate = self.slate.with_error(slate, self.ae.error(h, slate, idx, self.lm_head.weight, state))
+            slate = self.slate.with_error(slate, self.ae.error(h, slate, idx, weight, state))
         return slate
 
     @property
@@ -3213,7 +3535,7 @@ class GPT(nn.Module):
         n = sum(p.numel() for p in self.parameters())
         if non_embedding and self.config.pos_embedding == "learned":
             n -= self.transformer.wpe.weight.numel()
-        if non_embedding and not self.config.tie_weights:
+        if non_embedding and not self.config.tie_weights and not self.config.use_sdr:
             n -= self.transformer.wte.weight.numel()
         return n
 

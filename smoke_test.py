@@ -20,6 +20,7 @@ from model import GPT, DecodingState, GPTConfig
 from train import pick_device
 
 CELLS = {"anchor_min_gap": 5, "anchor_jitter": 3}  # cells that suit a block of 32
+SDR = {"sdr_size": 256, "sdr_active": 8}  # bits that suit a vocabulary of 61
 LOCAL = {"tie_weights": False}  # other rules than backpropagation need it
 KNOTS = {"knot_block": 6, "knot_vertices": 6, "knot_threshold": 1.0, "knot_k": 2}  # and knots that suit such cells
 
@@ -190,6 +191,11 @@ VARIANTS = {
     "mla": {"use_mla": True},
     "mla_scalar": {"use_mla": True, "mla_mode": "scalar"},
     "mhc_mla": {"use_mhc": True, "use_mla": True},
+    "sdr": {"use_sdr": True, **SDR},
+    "sdr_delta": {"use_sdr": True, **SDR, "sdr_rule": "delta", "sdr_radius": 0, "pos_embedding": "none"},
+    "sdr_willshaw": {"use_sdr": True, **SDR, "sdr_rule": "willshaw", "sdr_value_dim": 16, "sdr_decay": 0.9},
+    "sdr_many_words": {"use_sdr": True, **SDR, "sdr_size": 128, "tie_weights": False},
+    "sdr_encoder_alone": {"use_sdr": True, **SDR, "sdr_radius": 0, "sdr_scales": 0, "sdr_rule": "none"},
     "htm_lr": {"htm_meta_strength": 0.5, "htm_meta_decay": 0.5},
     "htm_momentum": {"htm_meta_strength": 0.5, "htm_meta_target": "momentum"},
     "geometric": {
