@@ -64,10 +64,11 @@ def test_presets(run, tmp_path):
     path = tmp_path / "toy.py"
     path.write_text("n_layer, n_head, n_embd, block_size = 1, 2, 16, 2048\nbatch_size = 64\nuse_swiglu = True\n")
     preset = partial(bench.bench_preset, path)
-    assert preset(BenchConfig(), "cpu") is None  # not one of those for a CPU
     results, _ = run("step", "--only=toy", parts={"toy": preset})
     assert names(results["toy"]) == [bench.REFERENCE, "ours, ideas off", "preset toy"]
     assert results["toy"][0]["tokens_per_s"] == pytest.approx(4096 / results["toy"][0]["seconds"])
+    path.write_text("n_layer, n_head, n_embd = 12, 12, 768\n")
+    assert preset(BenchConfig(), "cpu") is None  # too large, unless it is asked for
 
 
 @pytest.mark.parametrize("what", ["heads", "residual", "local"])
@@ -136,14 +137,17 @@ def test_contenders_for_wavelets_and_events_compute_the_same():
     assert torch.allclose(bench.quietly(layer.read_active, mask * x, mask)(), dense, atol=1e-5)
 
 
-def test_attention(run, monkeypatch):
+def test_attention(run, monkeypatch, tmp_path):
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
     without_flex = {name: how for name, how in bench.ATTENTIONS.items() if "Flex" not in name}
     short = {name: (*how, 64 if longest < 2**16 else 128) for name, (*how, longest) in without_flex.items()}
     monkeypatch.setattr(bench, "ATTENTIONS", short)
-    results, _ = run("attention", parts=["64", "128"])
+    results, _ = run("attention", "--plot", parts=["64", "128"])
     assert set(results["seconds"][bench.DENSE]) == {"64"} and set(results["seconds"][bench.WAVES]) == {"64", "128"}
     assert results["faster"][bench.DENSE]["64"]["speed"] == 1
     assert all("backward" in name for name in results["faster"])
+    assert {p.name for p in (tmp_path / "docs/img").iterdir()} == {"attention.png", "routing.png"}
 
 
 def test_every_attention_is_causal_and_reaches_every_input():
