@@ -401,7 +401,7 @@ class GPTConfig:
             raise ValueError("fuse_attn_local is dense softmax: no dropout, no use_block_sparse, no knots, no sigmoid")
         if self.ste_sigmoid and self.has_knots():
             raise ValueError("ste_sigmoid goes through a dense mask: leave out use_knot_attention")
-        others = ("loss_chunk", "use_mfs_head", "add_l4_losses", "use_kan", "use_bio_mlp")
+        others = ("loss_chunk", "use_mfs_head", "add_l4_losses", "use_kan", "use_bio_mlp", "use_sdr")
         if self.method != "bp" and (found := [name for name in others if getattr(self, name)]):
             raise ValueError(f'{found[0]} multiplies outside of linear layers: it needs method="bp"')
         if self.method != "bp" and "kaufmann" in self.mixers:
