@@ -40,8 +40,8 @@ def reference(stimulus, conductance, D, a, b, eps, dt, steps, state=None):
         A = coupling / (1 + coupling)
         before = torch.full_like(v[:, 0], REST_V) if state is None else state[:, s].detach()
         sites = []
-        for t in range(v.size(1)):
-            before = A[:, t] * before + (1 - A[:, t]) * r[:, t]
+        for A_t, r_t in zip(A.unbind(1), r.unbind(1)):
+            before = A_t * before + (1 - A_t) * r_t
             sites.append(before)
         v = torch.stack(sites, 1)
         w = (w + dt * eps * (v + a)) / (1 + dt * eps * b)

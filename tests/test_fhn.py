@@ -85,7 +85,7 @@ def fhn_agrees(B, T, C, seed, dtype, tolerance, dt=0.4, steps=2, with_state=True
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-4)])
 def test_scan_and_its_gradients(name, dtype, tolerance):
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=20, deadline=None)
     @given(st.integers(1, 3), st.sampled_from(LENGTHS) | st.integers(1, 200), st.integers(1, 7), st.integers(0, 2**32))
     def check(B, T, C, seed):
         with plan(name):
@@ -115,8 +115,7 @@ def test_sizes_of_real_models(B, T, C):
     fhn_agrees(B, T, C, 0, torch.float32, 1e-4)
 
 
-@pytest.mark.parametrize("T", [1, 3, 13])
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("T, steps", [(1, 3), (3, 1), (13, 2), (9, 4)])
 def test_gradcheck(T, steps):
     inputs, state = medium(2, T, 2, steps=steps)
     inputs = [x.requires_grad_() for x in inputs]
@@ -143,8 +142,8 @@ def standard(C):
 
 
 def test_rest_point_stays():
-    assert REST_V - REST_V**3 / 3 - REST_W == pytest.approx(0, abs=1e-15)
-    assert REST_V + 0.7 - 0.8 * REST_W == pytest.approx(0, abs=1e-15)
+    assert abs(REST_V - REST_V**3 / 3 - REST_W) < 1e-15
+    assert abs(REST_V + 0.7 - 0.8 * REST_W) < 1e-15
     still, g = torch.zeros(2, 50, 3, dtype=torch.float64), torch.rand(2, 50, 3, dtype=torch.float64)
     deviation, state = fhn_propagate(still, g, torch.ones(3, dtype=torch.float64), *standard(3), 0.5, 6)
     assert deviation.abs().max() < 1e-15
@@ -223,11 +222,11 @@ def test_state_continues(dtype, tolerance, steps):
         assert state.dtype == dtype
         assert_close([torch.cat(parts, 1), state], [whole, last], tolerance)
     A, b, h0 = recurrence(2, 90, 3, dtype=dtype)
-    h = gated_scan(A, b, h0)
-    parts = [gated_scan(A[:, :40], b[:, :40], h0)]
-    parts += [gated_scan(A[:, s:e], b[:, s:e], parts[-1][:, -1]) for s, e in [(40, 41), (41, 90)][:1]]
-    parts.append(gated_scan(A[:, 41:], b[:, 41:], parts[-1][:, -1]))
-    assert_close([torch.cat(parts, 1)], [h], tolerance)
+    parts, h = [], h0
+    for s, e in ((0, 40), (40, 41), (41, 90)):
+        parts.append(gated_scan(A[:, s:e], b[:, s:e], h))
+        h = parts[-1][:, -1]
+    assert_close([torch.cat(parts, 1)], [gated_scan(A, b, h0)], tolerance)
 
 
 @pytest.mark.parametrize("T", [1, 20])
@@ -280,7 +279,7 @@ def test_strides_do_not_matter(T):
 
 @pytest.mark.parametrize("dt", [0.25, 0.5, 0.75])
 def test_bounded_stimulus_stays_finite(dt):
-    """The bound of the spec: |v| <= 2 sqrt((1 + dt) / dt) for |I| + |w| <= (2/3) ((2 - dt) / dt) sqrt((1 + dt) / dt)."""
+    """|v| stays below 2 sqrt((1 + dt) / dt) while |I| + |w| <= (2/3) ((2 - dt) / dt) sqrt((1 + dt) / dt)."""
     steps, top = 4, 2 * ((1 + dt) / dt) ** 0.5
     (I, g, *parameters), _ = medium(2, 300, 8, dtype=torch.float32)
     D, a, b, eps = parameters[0], *(x.float() for x in standard(8))
@@ -297,18 +296,15 @@ def test_bounded_stimulus_stays_finite(dt):
 # -- operators --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["one block", "many blocks"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(name, dtype):
+@pytest.mark.parametrize("name, dtype, steps", [("one block", torch.float32, 1), ("many blocks", torch.bfloat16, 3)])
+def test_opcheck(name, dtype, steps):
     with plan(name):
-        for steps in (1, 3):
-            inputs, state = medium(2, 37, 5, dtype=dtype, steps=steps)
-            leaves = [x.requires_grad_() for x in inputs]
-            torch.library.opcheck(fhn.fhn_op, (*leaves, 0.4, steps, None))
-            torch.library.opcheck(fhn.fhn_op, (*leaves, 0.4, steps, state.to(scan.sum_dtype(leaves[0]))))
-            inputs = [x.detach() for x in inputs]
-            carries = fhn.fhn_op(*inputs, 0.4, steps, None)[2]
-            torch.library.opcheck(fhn.fhn_backward_op, (inputs[0], *inputs, 0.4, steps, carries))
+        inputs, state = medium(2, 37, 5, dtype=dtype, steps=steps)
+        leaves = [x.requires_grad_() for x in inputs]
+        torch.library.opcheck(fhn.fhn_op, (*leaves, 0.4, steps, None if steps == 1 else state))
+        inputs = [x.detach() for x in inputs]
+        carries = fhn.fhn_op(*inputs, 0.4, steps, None)[2]
+        torch.library.opcheck(fhn.fhn_backward_op, (inputs[0], *inputs, 0.4, steps, carries))
         A, b, h0 = recurrence(2, 37, 5, dtype=dtype)
         torch.library.opcheck(scan.scan_op, tuple(x.requires_grad_() for x in (A, b, h0)))
         A, b, h0 = (x.detach() for x in (A, b, h0))
