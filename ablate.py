@@ -1,0 +1,721 @@
+"""
+Which ideas help? Trains every config with several seeds and learning rates through train.py, and reports.
+
+    python ablate.py config/ablation/*.py --seeds=3 --tune --jobs=2
+    python ablate.py --report    # tables in docs/results.md, plots, a page that opens offline; trains nothing
+    python ablate.py --pictures  # what the ideas look like inside trained models; trains nothing
+
+A run is OUT_DIR/ROW/lrX-seedY, ROW the config's name; the next call leaves finished runs alone, goes on with stopped
+ones and tries failed ones again. --tune also trains each row at the best learning rate of a small grid, searched with
+one seed by one row of a family, whose other rows take it over. Another recipe, commas between its files
+(--recipe=config/train_shakespeare_char_cpu.py,config/block_512.py), needs an --out_dir of its own.
+"""
+
+import base64
+import fcntl
+import functools
+import html
+import json
+import math
+import os
+import platform
+import re
+import signal
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+from subprocess import DEVNULL, Popen
+
+import numpy as np
+
+import configurator
+import pictures
+from configurator import ROOT, ConfigError
+from data.corpus import replace_file
+from model import GPT, GPTConfig
+from pictures import TIGHT, png, pyplot
+from train import TrainConfig
+
+
+@dataclass
+class AblateConfig:
+    """What to train, where runs lie, and what to make of them."""
+
+    # -- ablation -----------------------------------------------------------------------------------------------------
+    recipe: str = "config/train_shakespeare_char_cpu.py"  # config files that come before each row's, with commas
+    seeds: int = 3  # seeds 0, 1, ... of each row
+    max_iters: int | None = None  # steps of a run, its schedule included; None = the recipe's
+    learning_rates: str = ""  # with commas; empty = the recipe's own
+    tune: bool = False  # also at the best learning rate of --grid
+    grid: str = "1e-3,2e-3,3e-3,5e-3"  # learning rates that --tune tries with seed 0
+    jobs: int = 1  # runs at a time; with several, one thread each
+    out_dir: str = "out-ablation"  # where runs lie
+    report: bool = False  # write what finished runs say, and train nothing
+    pictures: bool = False  # draw ideas from checkpoints, and train nothing
+    docs: str = "docs"  # where --report and --pictures write: results.md, a page named as out_dir, img/
+
+    def __post_init__(self):
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        numbers("learning_rates", self.learning_rates)
+        if not numbers("grid", self.grid):
+            raise ValueError("grid: name at least one learning rate")
+
+    @property
+    def recipes(self):
+        return [file.strip() for file in self.recipe.split(",") if file.strip()]
+
+    @property
+    def name(self):
+        """What the report's marks, page and plots are called."""
+        return Path(self.out_dir).name.removeprefix("out-")
+
+
+def numbers(name, text):
+    """The positive floats in a comma-separated text."""
+    try:
+        values = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"{name}={text}: expected numbers with commas between them") from None
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError(f"{name}={text}: must be positive")
+    return values
+
+
+BASELINE = "baseline"
+# Families share a tuned learning rate. Row that is searched: first words of the other members' names, besides its own
+# name. A row of no family searches for itself.
+FAMILIES = {
+    BASELINE: "bp bias gelu_tanh no_positions ramanujan untied htm ste ln fuse gated freeze frozen",
+    "ferope_absolute": "ferope", "block_sparse_1": "block_sparse region", "knots": "", "sigmoid": "", "fhn": "",
+    "kaufmann": "", "kan": "", "bio": "", "mfs": "l4", "mhc": "hc mla", "sdr": "",
+    "manifold_sphere": "manifold curriculum", "fa": "", "dfa": "", "sign_sym": "", "mlp_topk": "resid_topk vq subspace",
+}  # fmt: skip
+
+
+def family(row):
+    """The row that `row` takes its tuned learning rate from; maybe itself."""
+    for head, names in FAMILIES.items():
+        if any(row == name or row.startswith(f"{name}_") for name in (head, *names.split())):
+            return head
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run: a folder with train.py's run.json, metrics.jsonl and checkpoints, and beside them ablate.json (what was asked
+# for), train.log, failed.json (why, if it failed) and lock (held by whoever trains there).
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):  # not there, or cut short by a kill
+        return None
+
+
+class Run:
+    """What is in the folder OUT_DIR/ROW/lrX-seedY."""
+
+    def __init__(self, folder):
+        self.folder, self.row = Path(folder), Path(folder).parent.name
+        lr, seed = Path(folder).name.removeprefix("lr").split("-seed")
+        self.lr, self.seed = float(lr), int(seed)
+        self.read()
+
+    def read(self):
+        self.asked, self.facts, self.failed = (
+            read_json(self.folder / f"{name}.json") for name in ("ablate", "run", "failed")
+        )
+        try:
+            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            lines = []
+        lines = [json.loads(line) for line in lines if line.endswith("}")]
+        self.evaluations = [line for line in lines if line.get("val_loss") is not None]
+        self.steps = [line for line in lines if "tokens_per_s" in line]
+
+    def __str__(self):
+        return f"{self.row} lr {self.lr:g} seed {self.seed}"
+
+    @property
+    def is_done(self):
+        ended = bool(self.evaluations and self.facts and self.asked)
+        return ended and not self.failed and self.evaluations[-1]["iter"] >= self.facts["config"]["max_iters"]
+
+    @property
+    def loss(self):
+        """Nats a token on the whole val split, after the last step."""
+        return self.evaluations[-1]["val_loss"]
+
+    @property
+    def speed(self):
+        """Training tokens a second, median over log lines but the first."""
+        return statistics.median([line["tokens_per_s"] for line in self.steps[1:] or self.steps])
+
+    @property
+    def seconds(self):
+        return self.evaluations[-1]["tokens"] / self.speed
+
+    def loss_after(self, seconds):
+        """Loss after so many seconds of training, linear between evaluations; at most the last one."""
+        times = [line["tokens"] / self.speed for line in self.evaluations]
+        return float(np.interp(seconds, times, [line["val_loss"] for line in self.evaluations]))
+
+    @property
+    def memory_mb(self):
+        return max((line["memory_mb"] for line in self.steps if line.get("memory_mb")), default=None)
+
+    @property
+    def measured(self):
+        """What modules measured of themselves at the end: sparsity, link_density."""
+        known = {"iter", "tokens", "train_loss", "val_loss", "val_bpb"}
+        return {k: v for k, v in self.evaluations[-1].items() if k not in known and "/" not in k}
+
+
+def find_runs(cfg):
+    """All runs in out_dir, by row, learning rate and seed."""
+    folders = [p for p in Path(cfg.out_dir).glob("*/lr*-seed*") if re.fullmatch(r"lr[\d.e+-]+-seed\d+", p.name)]
+    return sorted(map(Run, folders), key=lambda run: (run.row, run.lr, run.seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training: a process of train.py for each run that is not finished.
+
+
+def find_rows(files):
+    """{row name: config file}."""
+    rows = {}
+    for file in files:
+        if not (Path(file).is_file() or (ROOT / file).is_file()):
+            raise ConfigError(f"{file}: no such config file")
+        if (row := Path(file).stem) in rows:
+            raise ConfigError(f"{file} and {rows[row]} would both be the row {row}: rename one")
+        rows[row] = file
+    return rows
+
+
+def command(cfg, config, lr, seed):
+    """The words for train.py, but for where the run lies."""
+    words = [*cfg.recipes, str(config), f"--learning_rate={lr:g}", f"--seed={seed}", "--eval_full=True"]
+    steps = [] if cfg.max_iters is None else [f"--max_iters={cfg.max_iters}", f"--lr_decay_iters={cfg.max_iters}"]
+    return words + steps
+
+
+def learning_rates(cfg, recipe):
+    """Those that were asked for, or the recipe's own."""
+    own = configurator.read(recipe, TrainConfig, GPTConfig).values["learning_rate"]
+    return numbers("learning_rates", cfg.learning_rates) or [own]
+
+
+def resolve(words):
+    """Every setting that `words` give; None if they are wrong, which train.py itself will tell."""
+    try:
+        settings = configurator.read(words, TrainConfig, GPTConfig)
+    except ConfigError:
+        return None
+    given = settings.given - {"out_dir", "init_from"}
+    return json.loads(json.dumps({name: settings.values[name] for name in sorted(given)}))
+
+
+def prepare(cfg, config, row, lr, seed):
+    """The Run in its folder, its ablate.json written. ConfigError if another run's results lie there."""
+    run = Run(Path(cfg.out_dir) / row / f"lr{lr:g}-seed{seed}")
+    words = command(cfg, config, lr, seed)
+    settings = resolve(words)
+    before = run.asked["settings"] if run.asked else None
+    if run.evaluations and before and settings:
+        was, now = ({k: x.get(k, "default") for k in before | settings} for x in (before, settings))
+        if changed := ", ".join(f"{k}={was[k]}, not {now[k]}" for k in sorted(was) if was[k] != now[k]):
+            raise ConfigError(f"{run.folder} holds a run with {changed}: move it away, or give --out_dir=NEW")
+    if not run.is_done:
+        file = Path(config) if Path(config).is_file() else ROOT / config
+        run.asked = {"row": row, "config": str(config), "text": file.read_text(encoding="utf-8"), "flags": words,
+                     "settings": settings, "seed": seed, "learning_rate": lr, "recipe": cfg.recipes,
+                     "jobs": cfg.jobs, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}  # fmt: skip
+    return run
+
+
+def start(cfg, run):
+    """A process that trains it, or None where another one is at it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with open(run.folder / "lock", "w") as lock, open(run.folder / "train.log", "a") as log:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child inherits it, and holds it as long as it lives
+        except BlockingIOError:
+            return None
+        (run.folder / "failed.json").unlink(missing_ok=True)
+        replace_file(run.folder / "ablate.json", (json.dumps(run.asked, indent=2) + "\n").encode())
+        words = [*run.asked["flags"], f"--out_dir={run.folder}", "--init_from=auto"]  # auto: resume where it can
+        return Popen(
+            [sys.executable, str(ROOT / "train.py"), *words], stdin=DEVNULL, stdout=log, stderr=log,
+            env=os.environ | ({"OMP_NUM_THREADS": "1"} if cfg.jobs > 1 else {}), pass_fds=(lock.fileno(),),
+        )  # fmt: skip
+
+
+def finish(run, status):
+    """Look at what an ended process left: mark a failure, tidy up after a success. Returns a word on it."""
+    if status:
+        last = (run.folder / "train.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        why = f"killed by signal {-status}" if status < 0 else (last or ["no output"])[0]
+        replace_file(run.folder / "failed.json", json.dumps({"status": status, "error": why}).encode())
+        return f"FAILED: {why}"
+    run.read()
+    if not run.is_done:
+        return "stopped; the next call goes on with it"
+    (run.folder / "ckpt_last.pt").unlink(missing_ok=True)
+    if run.seed:  # pictures need one checkpoint of a row
+        (run.folder / "ckpt.pt").unlink(missing_ok=True)
+    return f"val loss {run.loss:.4f}, {run.seconds:.0f} s"
+
+
+def train(cfg, runs):
+    """Train those of `runs` that are not finished, cfg.jobs at a time."""
+    waiting, active = [run for run in runs if not run.is_done], {}
+    total, ended = len(waiting), 0
+    print(f"{len(runs)} runs, {len(runs) - total} of them finished before", flush=True)
+    try:
+        while waiting or active:
+            while waiting and len(active) < cfg.jobs:
+                run = waiting.pop(0)
+                process = start(cfg, run)
+                if process is None:
+                    ended += 1
+                    print(f"[{ended}/{total}] {run}: is being trained by another process", flush=True)
+                else:
+                    active[process] = run
+            time.sleep(0.1)
+            for process in [p for p in active if p.poll() is not None]:
+                run, ended = active.pop(process), ended + 1
+                print(f"[{ended}/{total}] {run}: {finish(run, process.returncode)}", flush=True)
+    finally:  # Ctrl-C: runs save themselves
+        for process in active:
+            process.terminate()
+        for process in active:
+            process.wait()
+    for run in runs:
+        run.read()
+
+
+def tune(cfg, rows):
+    """{row: {"lr", "from", "losses"}}, after training what the search needs; rows without a result are left out."""
+    members = {}
+    for row in rows:
+        members.setdefault(family(row), []).append(row)
+    heads = {(head if head in rows else of[0]): of for head, of in members.items()}
+    grid = numbers("grid", cfg.grid)
+    runs = {head: [prepare(cfg, rows[head], head, lr, 0) for lr in grid] for head in heads}
+    train(cfg, [run for tried in runs.values() for run in tried])
+    found = {}
+    for head, tried in runs.items():
+        losses = {f"{run.lr:g}": run.loss if run.is_done else None for run in tried}
+        if any(run.is_done for run in tried):
+            best = min((run for run in tried if run.is_done), key=lambda run: run.loss)
+            found |= {row: {"lr": best.lr, "from": head, "losses": losses} for row in heads[head]}
+    path = Path(cfg.out_dir) / "tuned.json"
+    replace_file(path, (json.dumps((read_json(path) or {}) | found, indent=2) + "\n").encode())
+    return found
+
+
+def train_rows(cfg, rows):
+    """Train all that was asked for; True if nothing failed."""
+    wanted = [(row, lr) for row in rows for lr in learning_rates(cfg, cfg.recipes)]
+    todo = [prepare(cfg, rows[row], row, lr, seed) for seed in range(cfg.seeds) for row, lr in wanted]
+    if cfg.tune:
+        tuned = [(row, found["lr"]) for row, found in tune(cfg, rows).items()]
+        wanted = list(dict.fromkeys(wanted + tuned))
+        todo = [prepare(cfg, rows[row], row, lr, seed) for seed in range(cfg.seeds) for row, lr in wanted]
+    train(cfg, todo)
+    failed = [run for run in todo if run.failed]
+    for run in failed:
+        print(f"failed: {run}: {run.failed['error']}")
+    print(f"{sum(run.is_done for run in todo)} of {len(todo)} runs finished, {len(failed)} failed")
+    return not failed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics: mean and standard deviation over seeds, and the difference to the baseline with a 95 % interval.
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of Student's t, 1 to 10 degrees
+
+
+@dataclass
+class Difference:
+    """Mean loss minus the baseline's, +- half; kind "paired", "Welch", or "one seed", which has no interval."""
+
+    mean: float
+    half: float | None
+    kind: str
+
+    def __str__(self):
+        return f"{self.mean:+.4f}" + ("" if self.half is None else f" ± {self.half:.4f}")
+
+    @property
+    def verdict(self):
+        """better or worse, with the kind of interval that says so."""
+        if self.half is None:
+            return self.kind
+        return "" if abs(self.mean) <= self.half else ("better" if self.mean < 0 else "worse") + f" ({self.kind})"
+
+
+def difference(losses, base):
+    """Of {seed: loss} from {seed: loss}: over common seeds if there are two or more, else Welch's, else no interval."""
+    common = sorted(losses.keys() & base.keys())
+    if len(common) >= 2:
+        each = [losses[seed] - base[seed] for seed in common]
+        error, freedom = statistics.stdev(each) / math.sqrt(len(each)), len(each) - 1
+        return Difference(statistics.fmean(each), T_975[min(freedom, 10) - 1] * error, "paired")
+    mean = statistics.fmean(losses.values()) - statistics.fmean(base.values())
+    if min(len(losses), len(base)) < 2:
+        return Difference(mean, None, "one seed")
+    parts = [(statistics.variance(x.values()) / len(x), len(x)) for x in (losses, base)]
+    error = sum(part for part, _ in parts)
+    spread = sum(part**2 / (n - 1) for part, n in parts)
+    freedom = error**2 / spread if spread else sum(n - 1 for _, n in parts)
+    return Difference(mean, T_975[min(int(freedom), 10) - 1] * math.sqrt(error), "Welch")
+
+
+def mean_std(values):
+    values = list(values)
+    return f"{statistics.fmean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report. A column is a learning rate: {row: finished runs}. Rows of a table are dicts, header to (text, number).
+
+
+def columns_of(cfg, runs):
+    """{column name: {row: finished runs}}: each learning rate that was asked for, and "tuned" where there is one."""
+    done = [run for run in runs if run.is_done]
+    if not done:
+        raise ConfigError(f"{cfg.out_dir}: no finished runs; train some first")
+    fixed = learning_rates(cfg, done[0].asked["recipe"])
+    wanted = {f"lr {lr:g}": dict.fromkeys((run.row for run in done), lr) for lr in fixed}
+    wanted["tuned"] = {row: found["lr"] for row, found in (read_json(Path(cfg.out_dir) / "tuned.json") or {}).items()}
+    columns = {}
+    for run in done:
+        for name, lr_of in wanted.items():
+            if run.lr == lr_of.get(run.row):
+                columns.setdefault(name, {}).setdefault(run.row, []).append(run)
+    return {name: columns[name] for name in wanted if name in columns}
+
+
+def mflops(run):
+    """Training MFLOPs a token, as the model that its flags build says."""
+    return flops(json.dumps(run.facts["model_args"])) / 1e6
+
+
+@functools.cache
+def flops(model_args):
+    known = {f.name for f in fields(GPTConfig)}
+    args = {name: value for name, value in json.loads(model_args).items() if name in known}
+    return GPT(GPTConfig(**args)).flops_per_token()
+
+
+def quality(rows, tuned=None):
+    """Table rows {header: (text, number)} of losses in one column, best first."""
+    base = {run.seed: run.loss for run in rows.get(BASELINE, [])}
+    table = []
+    for row, runs in rows.items():
+        losses = {run.seed: run.loss for run in runs}
+        gap = difference(losses, base) if base and row != BASELINE else None
+        bpb = [run.evaluations[-1]["val_bpb"] for run in runs if "val_bpb" in run.evaluations[-1]]
+        cells = {"row": (row, row), "val loss": (mean_std(losses.values()), statistics.fmean(losses.values()))}
+        if tuned is not None:
+            cells["lr"] = (f"{runs[0].lr:g}" + edge_mark(tuned[row]), runs[0].lr)
+        cells["to baseline"] = (str(gap), gap.mean) if gap else ("", 0.0)
+        cells["verdict"] = (gap.verdict, gap.verdict) if gap else ("", "")
+        cells["bits a byte"] = (f"{statistics.fmean(bpb):.4f}", statistics.fmean(bpb)) if bpb else ("", None)
+        cells["seeds"] = (str(len(runs)), len(runs))
+        table.append(cells)
+    return sorted(table, key=lambda cells: cells["val loss"][1])
+
+
+def edge_mark(found):
+    """* where the best learning rate is the grid's first or last, so that a better one may lie outside."""
+    grid = [float(lr) for lr in found["losses"]]
+    return "*" if len(grid) > 1 and found["lr"] in (min(grid), max(grid)) else ""
+
+
+def costs(rows):
+    """Table rows of what each row costs: parameters, FLOPs, speed, memory, sparsity."""
+    table = []
+    base = rows.get(BASELINE)
+    for row, runs in rows.items():
+        count, flops, speed = runs[0].facts["parameters"], mflops(runs[0]), median_of(runs, "speed")
+        memory, measured = median_of(runs, "memory_mb"), runs[0].measured
+        share = (lambda x, of: f" ({x / of:.2f}x)") if base else (lambda x, of: "")
+        against = (base[0].facts["parameters"], mflops(base[0]), median_of(base, "speed")) if base else (1, 1, 1)
+        table.append({
+            "row": (row, row),
+            "parameters": (f"{count:,}" + share(count, against[0]), count),
+            "MFLOPs a token": (f"{flops:.2f}" + share(flops, against[1]), flops),
+            "tokens/s": (f"{speed:,.0f}" + share(speed, against[2]), speed),
+            "peak MB": (f"{memory:,.0f}", memory) if memory else ("", None),
+            "measured": (", ".join(f"{k} {v:.3f}" for k, v in measured.items()), measured.get("sparsity")),
+        })  # fmt: skip
+    return sorted(table, key=lambda cells: cells["parameters"][1])
+
+
+def median_of(runs, name):
+    values = [getattr(run, name) for run in runs if getattr(run, name) is not None]
+    return statistics.median(values) if values else None
+
+
+def at_the_baselines_time(rows):
+    """Table rows: losses after the seconds that the baseline trained, and the difference to its end."""
+    base = rows[BASELINE]
+    seconds, end = median_of(base, "seconds"), {run.seed: run.loss for run in base}
+    table = []
+    for row, runs in rows.items():
+        losses = {run.seed: end[run.seed] if row == BASELINE else run.loss_after(seconds) for run in runs}
+        gap = difference(losses, end) if row != BASELINE else None
+        done = seconds / median_of(runs, "seconds")
+        table.append({
+            "row": (row, row),
+            "steps done by then": (f"{min(done, 1):.0%}", min(done, 1)),
+            "val loss then": (mean_std(losses.values()), statistics.fmean(losses.values())),
+            "to baseline": (str(gap), gap.mean) if gap else ("", 0.0),
+        })  # fmt: skip
+    return sorted(table, key=lambda cells: cells["val loss then"][1])
+
+
+def matched(rows, share=0.05):
+    """The rows whose parameters are the baseline's within `share`."""
+    count = rows[BASELINE][0].facts["parameters"]
+    return {row: runs for row, runs in rows.items() if abs(runs[0].facts["parameters"] / count - 1) <= share}
+
+
+def markdown(table):
+    head = list(table[0])
+    lines = [head, ["---"] * len(head), *([cells[name][0] for name in head] for cells in table)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def describe(cfg, runs):
+    """Sentences on what was run: recipe, steps, seeds, machine, commits."""
+    done = [run for run in runs if run.is_done]
+    steps = sorted({run.facts["config"]["max_iters"] for run in done})
+    recipes = sorted({" ".join(run.asked["recipe"]) for run in done})
+    if len(steps) > 1 or len(recipes) > 1:
+        raise ConfigError(f"{cfg.out_dir} holds runs of {recipes} with {steps} steps: give each its own --out_dir")
+    commits = Counter((run.facts["git_commit"] or "none")[:7] + "+" * str(run.facts["git_commit"]).endswith("+")
+                      for run in done)  # fmt: skip
+    machines = sorted({run.asked["machine"] for run in done})
+    jobs, seeds = sorted({run.asked["jobs"] for run in done}), sorted({run.seed for run in done})
+    return (
+        f"Recipe `{recipes[0]}`, {steps[0]} steps, {len(done)} finished runs, seeds {', '.join(map(str, seeds))}; "
+        f"machine {'; '.join(machines)}, {' or '.join(map(str, jobs))} run(s) at a time; commits "
+        + ", ".join(f"{commit} ({n})" for commit, n in commits.most_common()) + ". "
+        "Loss: nats a token on the whole val split after the last step, mean ± standard deviation over seeds. "
+        "The difference to the baseline of the same column has a 95 % t interval, paired by seed where two or more "
+        "seeds are common, else Welch's; \"better\" and \"worse\" say that it leaves out 0, which one comparison in "
+        "twenty does by chance."
+    )  # fmt: skip
+
+
+def sections(cfg, runs):
+    """[(title, remark, table)] of the report."""
+    columns = columns_of(cfg, runs)
+    if not columns:
+        raise ConfigError(f"{cfg.out_dir}: nothing at these learning rates; give --learning_rates")
+    tuned, parts = read_json(Path(cfg.out_dir) / "tuned.json") or {}, []
+    for name, rows in columns.items():
+        remark = ""
+        if name == "tuned":
+            remark = (f"Each row at the best of {', '.join(tuned[next(iter(rows))]['losses'])}, chosen with seed 0, "
+                      "which is one of the seeds shown, by one row of its family. *: the grid's edge.")  # fmt: skip
+        parts.append((f"Loss, {name}", remark, quality(rows, tuned if name == "tuned" else None)))
+    name, rows = list(columns.items())[-1]
+    remark = "Speed and memory were taken while training: compare inside this table only, and only roughly."
+    parts.append(("Cost", remark, costs(rows)))
+    if BASELINE in rows:
+        alike = quality(matched(rows), tuned if name == "tuned" else None)
+        parts.append((f"Matched parameters, {name}", "Rows within 5 % of the baseline's parameters.", alike))
+        remark = (
+            "Loss after the seconds that the baseline needs to its end, between evaluations by straight lines. A "
+            "slower row is cut off before its learning rate has decayed; a schedule of that length would do better."
+        )
+        parts.append((f"Matched time, {name}", remark, at_the_baselines_time(rows)))
+    return parts
+
+
+def report(cfg, runs):
+    """Write docs/results.md between its marks, the plots and the page."""
+    parts, intro, docs = sections(cfg, runs), describe(cfg, runs), Path(cfg.docs)
+    failed = [f"{run}: {run.failed['error']}" for run in runs if run.failed]
+    rows = list(columns_of(cfg, runs).items())[-1]
+    (docs / "img").mkdir(parents=True, exist_ok=True)
+    plots = {f"{cfg.name}-curves": plot_curves(*rows), f"{cfg.name}-pareto": plot_pareto(*rows)}
+    for name, data in plots.items():
+        replace_file(docs / "img" / f"{name}.png", data)
+    replace_file(docs / f"{cfg.name}.html", page(cfg, intro, parts, plots, runs, failed).encode())
+    link = f"The same, sortable and with every config: [{cfg.name}.html]({cfg.name}.html)."
+    text = [f"## Ablation: {cfg.name}", intro, link]
+    for title, remark, table in parts:
+        text += [f"### {title}", *([remark] if remark else []), markdown(table)]
+    text += [f"![{name}](img/{name}.png)" for name in plots]
+    text += ["Failed, and in no table: " + "; ".join(failed) + "."] if failed else []
+    write_between_marks(docs / "results.md", cfg.name, "\n\n".join(text))
+    print(f"wrote {docs / 'results.md'}, {docs / cfg.name}.html and {', '.join(plots)}.png in {docs / 'img'}")
+
+
+def write_between_marks(path, name, text):
+    """Replace what is between <!-- NAME:start --> and <!-- NAME:end -->, or add both at the end."""
+    first, last = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if (first in old) != (last in old):
+        raise ConfigError(f"{path}: has only one of the marks {first} and {last}: mend it by hand")
+    if first not in old:
+        old = f"{old.rstrip()}\n\n{first}\n{last}\n".lstrip()
+    before, after = old.split(first)[0], old.split(last)[1]
+    replace_file(path, f"{before}{first}\n\n{text}\n\n{last}{after}".encode())
+
+
+# Plots: PNG bytes.
+
+
+def plot_curves(column, rows, named=8):
+    """Val loss over tokens, mean over seeds: the baseline and the best rows in colour, the others in grey."""
+    figure, axes = pyplot().subplots(figsize=(8, 5), **TIGHT)
+    order = sorted(rows, key=lambda row: statistics.fmean(run.loss for run in rows[row]))
+    for row in reversed(order):
+        curves = [[line["val_loss"] for line in run.evaluations] for run in rows[row]]
+        tokens = [line["tokens"] for line in rows[row][0].evaluations][: min(map(len, curves))]
+        mean = [statistics.fmean(values) for values in zip(*curves)]
+        style = {"color": "lightgrey", "lw": 0.8}
+        if row == BASELINE or row in order[:named]:
+            style = {"label": f"{row} {mean[-1]:.3f}", "lw": 1.5} | ({"color": "black"} if row == BASELINE else {})
+        axes.plot(tokens, mean, **style)
+    top = max(statistics.fmean(run.loss for run in runs) for runs in rows.values())
+    axes.set(xlabel="tokens", ylabel="val loss, nats a token", title=f"Loss, {column}")
+    axes.set_ylim(top=top + 1.0)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], fontsize=8)
+    axes.grid(alpha=0.3)
+    return png(figure)
+
+
+def front(points):
+    """The names of those points {name: (cost, loss)} that no other beats in both."""
+    beaten = {n for n, (x, y) in points.items() for a, b in points.values() if a <= x and b <= y and (a, b) != (x, y)}
+    return set(points) - beaten
+
+
+def plot_pareto(column, rows):
+    """Loss against parameters, FLOPs and time a token; rows on the front are named."""
+    figure, panels = pyplot().subplots(1, 3, figsize=(15, 5), **TIGHT, sharey=True)
+    losses = {row: statistics.fmean(run.loss for run in runs) for row, runs in rows.items()}
+    prices = {
+        "parameters": lambda runs: runs[0].facts["parameters"],
+        "MFLOPs a token": lambda runs: mflops(runs[0]),
+        "microseconds a token": lambda runs: 1e6 / median_of(runs, "speed"),
+    }
+    for axes, (label, price) in zip(panels, prices.items()):
+        points = {row: (price(runs), losses[row]) for row, runs in rows.items()}
+        best = front(points)
+        for row, (x, y) in points.items():
+            axes.plot(x, y, "o", color="black" if row == BASELINE else "tab:red" if row in best else "lightgrey")
+            if row in best or row == BASELINE:
+                axes.annotate(row, (x, y), fontsize=8, xytext=(4, 4), textcoords="offset points")
+        costs = [x for x, _ in points.values()]
+        axes.set(xlabel=label, xscale="log" if max(costs) > 5 * min(costs) else "linear")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("val loss, nats a token")
+    figure.suptitle(f"Loss against cost, {column}; red: nothing is both cheaper and better")
+    return png(figure)
+
+
+# The page: one file, nothing fetched.
+
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem } td, th { padding: .15rem .6rem; text-align: right }
+td:first-child, th:first-child { text-align: left } th { cursor: pointer; border-bottom: 2px solid #888 }
+tr:nth-child(even) { background: #8881 } img { max-width: 100% } pre { background: #8881; padding: .5rem }"""
+SORT = """for (const th of document.querySelectorAll('th')) th.onclick = () => {
+  const body = th.closest('table').tBodies[0], i = th.cellIndex, up = th.dataset.up = th.dataset.up == 1 ? 0 : 1;
+  const of = row => { const v = row.cells[i].dataset.v; return v === '' || isNaN(v) ? v : Number(v) };
+  const less = (x, y) => typeof x == 'number' && typeof y == 'number' ? x - y : String(x).localeCompare(String(y));
+  [...body.rows].sort((a, b) => (up == 1 ? 1 : -1) * less(of(a), of(b))).forEach(row => body.append(row));
+};"""
+
+
+def html_table(table):
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table[0])
+    cell = '<td data-v="{}">{}</td>'.format
+    body = "\n".join(
+        "<tr>"
+        + "".join(cell("" if v is None else html.escape(str(v)), html.escape(text)) for text, v in cells.values())
+        + "</tr>"
+        for cells in table
+    )
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+
+
+def page(cfg, intro, parts, plots, runs, failed):
+    say = html.escape
+    body = [f"<h1>{say(cfg.name)}</h1><p>{say(intro)}</p><p>A click on a header sorts.</p>"]
+    for title, remark, table in parts:
+        body.append(f"<h2>{say(title)}</h2><p>{say(remark)}</p>{html_table(table)}")
+    for name, data in plots.items():
+        body.append(f'<img alt="{say(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">')
+    body += [f"<h2>Failed</h2><p>{say('; '.join(failed))}</p>"] if failed else []
+    body.append("<h2>Configs</h2>")
+    for row in dict.fromkeys(run.row for run in runs if run.is_done):
+        of = [run for run in runs if run.is_done and run.row == row]
+        lines = [f"{' '.join(run.asked['flags'])}  # {run.loss:.4f}, commit {run.facts['git_commit']}" for run in of]
+        text = say(of[-1].asked["text"] + "\n" + "\n".join(lines))
+        body.append(f"<details><summary>{say(row)}</summary><pre>{text}</pre></details>")
+    head = f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{say(cfg.name)}</title>'
+    return f"{head}<style>{STYLE}</style></head>\n<body>{chr(10).join(body)}<script>{SORT}</script></body></html>\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and the command line.
+
+
+def draw_pictures(cfg, runs):
+    """Write docs/img/NAME-PICTURE.png for each picture whose run is there."""
+    folder = Path(cfg.docs) / "img"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (rows, draw) in pictures.PICTURES.items():
+        there = [run for row in rows for run in runs if run.row == row and run.is_done]
+        there = [run for run in there if (run.folder / "ckpt.pt").exists()]
+        if not there:
+            print(f"{name}: skipped, {cfg.out_dir} has no finished run of {' or '.join(rows)} with a checkpoint")
+            continue
+        path = folder / f"{cfg.name}-{name}.png"
+        replace_file(path, png(draw(there[0].folder)))
+        print(f"{name}: {path}, from {there[0]}")
+
+
+def split_words(words):
+    """(config files, flags): the words ending in .py that are not a flag's value."""
+    files = [w for before, w in zip(["", *words], words) if w.endswith(".py") and w[:1] != "-" and before != "--recipe"]
+    return files, [w for before, w in zip(["", *words], words) if w not in files or before == "--recipe"]
+
+
+def main(argv=None):
+    with configurator.one_line_errors("ablate.py", OSError):
+        files, words = split_words(sys.argv[1:] if argv is None else argv)
+        cfg = configurator.read(words or ([] if files else ["--help"]), AblateConfig, doc=__doc__).build(AblateConfig)
+        rows = find_rows(files)
+        if cfg.report or cfg.pictures:
+            runs = [run for run in find_runs(cfg) if not rows or run.row in rows]
+            if cfg.report:
+                report(cfg, runs)
+            if cfg.pictures:
+                draw_pictures(cfg, runs)
+            return
+        if not rows:
+            raise ConfigError("name the config files to train, config/ablation/*.py say; or --report or --pictures")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as with Ctrl-C, stop the runs
+        succeeded = train_rows(cfg, rows)
+    raise SystemExit(not succeeded)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+out_dir = "out-medium"
+n_layer, n_head, n_embd = 24, 16, 1024
+block_size = 1024
+pos_embedding = "none"
+use_ferope = True
+use_block_sparse = True
+anchor_min_gap, anchor_jitter = 256, 32
+use_sdr = True
+sdr_size = 4096
+use_manifold = True
+manifold_dim = 256
+n_eigenvectors = 128
+spectral_landmarks = 256

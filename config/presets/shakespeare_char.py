@@ -1,0 +1,12 @@
+out_dir = "out-shakespeare-char-chimera"
+n_layer, n_head, n_embd = 6, 6, 384
+block_size = 256
+pos_embedding = "none"
+use_ferope = True
+use_block_sparse = True
+anchor_min_gap, anchor_jitter = 64, 32
+use_sdr = True
+sdr_size = 1024
+use_manifold = True
+manifold_dim = 64
+n_eigenvectors = 32

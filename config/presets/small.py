@@ -1,0 +1,13 @@
+out_dir = "out-small"
+n_layer, n_head, n_embd = 12, 12, 768
+block_size = 1024
+pos_embedding = "none"
+use_ferope = True
+use_block_sparse = True
+anchor_min_gap, anchor_jitter = 256, 32
+use_sdr = True
+sdr_size = 2048
+use_manifold = True
+manifold_dim = 128
+n_eigenvectors = 64
+spectral_landmarks = 128

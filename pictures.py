@@ -1,0 +1,218 @@
+"""
+What the ideas look like inside trained models: `python ablate.py --pictures`.
+
+Each picture is a function of a run's folder, with its ckpt.pt and metrics.jsonl, that returns a matplotlib figure.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from configurator import ConfigError
+from data.corpus import load_tokenizer
+from kernels.wavekan import wavelet_bank
+from model import (
+    GPT,
+    WIDTH_MIN,
+    FHNMedium,
+    HyperConnections,
+    KnotGate,
+    OscillatingActivation,
+    SDREmbedding,
+    WaveletMap,
+    load_checkpoint,
+)
+from train import Corpus, TrainConfig
+
+TIGHT = {"layout": "constrained"}
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install -e '.[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def png(figure):
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=120, metadata={"Software": None})
+    pyplot().close(figure)
+    return data.getvalue()
+
+
+class Reading:
+    """A trained model that reads the first block of the val split, and what chosen modules put out meanwhile."""
+
+    def __init__(self, folder, kind):
+        checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
+        cfg = TrainConfig(**checkpoint["config"])
+        corpus = Corpus(cfg)
+        self.model = GPT.from_checkpoint(checkpoint).eval()
+        idx = torch.from_numpy(corpus.splits["val"][: self.model.config.block_size].astype(np.int64))[None]
+        tokenizer = load_tokenizer(checkpoint["meta"], corpus.folder)
+        self.words = [tokenizer.decode([token]).replace("\n", "/") for token in idx[0].tolist()]
+        self.modules, self.outputs = [m for m in self.model.modules() if isinstance(m, kind)], []
+        for module in self.modules:
+            module.register_forward_hook(lambda module, args, output: self.outputs.append(output))
+        self.idx = idx
+        with torch.no_grad():
+            self.model(idx)
+
+
+def picture_routing(folder):
+    """Which position may look at which, by the routing mask; lines are the borders of cells."""
+    model = GPT.from_checkpoint(load_checkpoint(Path(folder) / "ckpt.pt"))
+    cells = next(block.attn.cells for block in model.transformer.h if hasattr(block.attn, "cells"))
+    figure, axes = pyplot().subplots(figsize=(6, 6), **TIGHT)
+    axes.imshow(cells.route.mask(), cmap="Blues", vmax=1.5, interpolation="nearest")
+    for border in cells.starts[1:-1]:
+        axes.axhline(border - 0.5, color="grey", lw=0.5)
+        axes.axvline(border - 0.5, color="grey", lw=0.5)
+    axes.set(xlabel="key position", ylabel="query position", title=f"{len(cells.starts) - 1} cells")
+    return figure
+
+
+def picture_waves(folder, tokens=96):
+    """The deviation from rest of each channel along a text, slow channels below; one panel a layer of waves."""
+    read = Reading(folder, FHNMedium)
+    n, words = len(read.modules), read.words[:tokens]
+    figure, panels = pyplot().subplots(n, 1, figsize=(12, 2.2 * n + 1), sharex=True, squeeze=False, **TIGHT)
+    for layer, (axes, medium, field) in enumerate(zip(panels[:, 0], read.modules, read.outputs), 1):
+        field = field[0, : len(words), medium.log_lambda.argsort()].T.float()  # (C, tokens)
+        most = field.abs().quantile(0.99).item()
+        image = axes.imshow(field, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
+        axes.set_ylabel(f"{layer}: channel")
+        figure.colorbar(image, ax=axes)
+    axes.set_xticks(range(len(words)), words, fontsize=7, family="monospace")
+    figure.suptitle("FitzHugh-Nagumo waves: deviation from rest, channels from short to long reach")
+    return figure
+
+
+def picture_knots(folder):
+    """Which cells each head of each knotted layer looks at: own and near ones grey, those tied by a knot red."""
+    from matplotlib.colors import ListedColormap
+
+    read = Reading(folder, KnotGate)
+    heads = read.modules[0].n_head
+    shape = len(read.modules), heads
+    figure, panels = pyplot().subplots(*shape, figsize=(2.4 * heads, 2.6 * shape[0]), squeeze=False, **TIGHT)
+    for layer, (gate, (_, allowed, _)) in enumerate(zip(read.modules, read.outputs)):
+        C = allowed.size(-1)
+        near = gate.cells.allowed[:C, :C]
+        for head in range(heads):
+            kind = torch.where(allowed[0, head], torch.where(near, 1, 2), 0)
+            colours = ListedColormap(["white", "lightgrey", "crimson"])
+            panels[layer, head].imshow(kind, cmap=colours, vmin=0, vmax=2)
+            panels[layer, head].set_title(f"gate {layer + 1}, head {head + 1}", fontsize=8)
+    figure.suptitle("Grey: near cells; red: tied by a knot")
+    figure.supxlabel("key cell")
+    figure.supylabel("query cell")
+    return figure
+
+
+def picture_oscillators(folder):
+    """Frequencies after training, one histogram a layer; a line where they started."""
+    checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
+    model = GPT.from_checkpoint(checkpoint)
+    layers = [m.omega.detach() for m in model.modules() if isinstance(m, OscillatingActivation)]
+    figure, axes = pyplot().subplots(figsize=(7, 4.5), **TIGHT)
+    for layer, omega in enumerate(layers, 1):
+        axes.hist(omega.numpy(), bins=60, histtype="step", label=f"{layer}: {omega.mean():.2f} ± {omega.std():.2f}")
+    axes.axvline(model.config.bio_omega, color="black", lw=0.8, ls="--", label="mean at the start")
+    axes.set(xlabel="omega, radians per unit of input", ylabel="oscillators", title="Learned frequencies")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def picture_wavelets(folder, units=24):
+    """The activation of the hidden units whose wavelets are the strongest: silu plus its wavelets."""
+    model = GPT.from_checkpoint(load_checkpoint(Path(folder) / "ckpt.pt"))
+    maps = [m for m in model.modules() if isinstance(m, WaveletMap)]
+    n, x = len(maps), torch.linspace(-4, 4, 401)
+    figure, panels = pyplot().subplots(1, n, figsize=(4 * n, 4), **TIGHT, sharey=True, squeeze=False)
+    for layer, (axes, wave) in enumerate(zip(panels[0], maps), 1):
+        m, t, s = (p.detach().view(-1, wave.in_features) for p in (wave.m, wave.t, wave.s))
+        a = 1 / (WIDTH_MIN + F.softplus(s))
+        y = wavelet_bank(x[:, None].expand(-1, wave.in_features), m, a, -t * a, wave.kind)
+        axes.plot(x, y[:, m.abs().sum(0).topk(min(units, wave.in_features)).indices], lw=0.8)
+        axes.plot(x, F.silu(x), "k--", lw=1)
+        axes.set(xlabel="normed input", title=f"layer {layer}")
+    figure.suptitle("Learned activations, strongest wavelets; dashed: silu alone")
+    return figure
+
+
+def picture_sdr(folder, words=8):
+    """The active bits of a text's first distinct words on the retina's map, before smoothing and after."""
+    read = Reading(folder, SDREmbedding)
+    embedding, tokens = read.modules[0], list(dict.fromkeys(read.idx[0].tolist()))[:words]
+    with torch.no_grad():
+        scores, active, _ = embedding.encoder()
+        smooth, _ = embedding.retina(scores, active, embedding.encoder.vectors)
+    figure, panels = pyplot().subplots(2, len(tokens), figsize=(1.8 * len(tokens), 4), squeeze=False, **TIGHT)
+    for column, token in enumerate(tokens):
+        for axes, bits in zip(panels[:, column], (active, smooth)):
+            axes.imshow(embedding.retina.map(bits[token]), cmap="Greys", interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+        panels[0, column].set_title(repr(read.words[read.idx[0].tolist().index(token)]), fontsize=9)
+    panels[0, 0].set_ylabel("bits")
+    panels[1, 0].set_ylabel("smoothed")
+    return figure
+
+
+def picture_mhc(folder):
+    """How each sublayer mixes the residual streams at the last token of a text, and the product of all that."""
+    read = Reading(folder, HyperConnections)
+    read.model.train()  # which keeps what was mixed with
+    with torch.no_grad():
+        read.model(read.idx, read.idx)
+    mixing = [m.last_res[0].float() for m in read.modules if m.last_res is not None]
+    product = mixing[0]
+    for H in mixing[1:]:
+        product = H @ product
+    columns = min(8, len(mixing) + 1)
+    rows = -(-(len(mixing) + 1) // columns)
+    figure, panels = pyplot().subplots(rows, columns, figsize=(1.8 * columns, 2 * rows), squeeze=False, **TIGHT)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    names = [f"sublayer {i}" for i in range(1, len(mixing) + 1)] + ["product"]
+    for axes, name, H in zip(panels.flat, names, (*mixing, product)):
+        image = axes.imshow(H, cmap="viridis", vmin=min(0.0, H.min().item()), vmax=max(1.0, H.max().item()))
+        axes.set_title(name, fontsize=8)
+    figure.colorbar(image, ax=panels.ravel().tolist(), shrink=0.8)
+    return figure
+
+
+def picture_alignment(folder):
+    """Angle in degrees between each layer's feedback and its weights, transposed, over training."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if any(name.startswith("angle/") for name in line)]
+    names = [name for name in lines[-1] if name.startswith("angle/")]
+    figure, axes = pyplot().subplots(figsize=(8, 5), **TIGHT)
+    for name in names:
+        axes.plot([x["iter"] for x in lines], [x[name] for x in lines], lw=0.8, label=name.removeprefix("angle/"))
+    axes.axhline(90, color="black", lw=0.8, ls="--")
+    axes.set(xlabel="step", ylabel="degrees", title="Feedback against weights; 90 is chance")
+    axes.legend(fontsize=6, ncols=2)
+    return figure
+
+
+# picture: (rows that show it, the first finished one is drawn; how)
+PICTURES = {
+    "routing": (("region_edges", "block_sparse_1"), picture_routing),
+    "waves": (("fhn", "fhn_softmax"), picture_waves),
+    "knots": (("knots", "knots_and_rings", "kaufmann"), picture_knots),
+    "oscillators": (("bio",), picture_oscillators),
+    "wavelets": (("kan",), picture_wavelets),
+    "sdr": (("sdr",), picture_sdr),
+    "mhc": (("mhc", "mhc_2"), picture_mhc),
+    "alignment": (("fa", "fa_grape", "sign_sym"), picture_alignment),
+}

@@ -1,0 +1,302 @@
+"""ablate.py: tiny comparisons from end to end, stopped and failed runs, and the report's numbers worked out by hand."""
+
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from html.parser import HTMLParser
+
+import pytest
+from conftest import ROOT
+from scipy import stats
+from test_train import run_here as train_here
+
+import ablate
+from ablate import T_975, AblateConfig, Difference, Run, difference, family, find_runs, front
+from configurator import ConfigError
+
+TINY = """
+data_dir, dataset = {folder!r}, {name!r}
+n_layer, n_head, n_embd, block_size, bias = 1, 2, 16, 16, False
+batch_size, gradient_accumulation_steps, max_iters, lr_decay_iters = 4, 1, {steps}, {steps}
+warmup_iters, learning_rate, eval_interval, eval_iters, log_interval = 2, 1e-3, {interval}, 1, 1
+device, dtype, compile = "cpu", "float32", False
+"""
+
+
+@pytest.fixture
+def recipe(shakespeare, tmp_path):
+    """recipe(steps, interval) -> the path of a config file for a run that takes moments."""
+
+    def write(steps=4, interval=2):
+        path = tmp_path / "recipe.py"
+        values = {"folder": str(shakespeare.parent), "name": shakespeare.name, "steps": steps, "interval": interval}
+        path.write_text(TINY.format(**values))
+        return path
+
+    return write
+
+
+def config(tmp_path, row, text=""):
+    path = tmp_path / f"{row}.py"
+    path.write_text(text)
+    return path
+
+
+def run_here(*words):
+    """Exit status of ablate.py in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ablate.main([str(w) for w in words])
+        return 0
+    except SystemExit as e:
+        return e.code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class TrainHere:
+    """In subprocess.Popen's place: train.py in this process, which saves the seconds that importing torch takes."""
+
+    def __init__(self, command, stdout, **rest):
+        assert command[:2] == [sys.executable, str(ROOT / "train.py")]
+        with redirect_stdout(stdout):
+            self.returncode = train_here(*command[2:])
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    monkeypatch.setattr(ablate, "Popen", TrainHere)
+
+
+class Page(HTMLParser):
+    """The cells of all tables, and everything that a browser would fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.fetched, self.open, self.inside = [], [], [], False
+        self.feed(text)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.fetched += [v for k, v in attrs if k in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        self.inside = tag in ("td", "th")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.inside = False
+
+    def handle_data(self, text):
+        if self.inside:
+            self.tables[-1][-1].append(text)
+
+
+def table_under(text, title):
+    """{row: {header: cell}} of the Markdown table under a heading."""
+    lines = text.split(f"### {title}\n\n")[1].split("\n\n")
+    lines = next(part for part in lines if part.startswith("|")).splitlines()
+    head, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {cells[0]: dict(zip(head, cells)) for cells in body}
+
+
+def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process):
+    out, docs = tmp_path / "out-tiny", tmp_path / "docs"
+    rows = [config(tmp_path, "baseline"), config(tmp_path, "relu2", '# A control.\nmlp_act = "relu2"\n')]
+    words = [*rows, f"--recipe={recipe()}", "--seeds=2", f"--out_dir={out}", "--jobs=2"]
+    assert run_here(*words) == 0
+    runs = find_runs(AblateConfig(out_dir=str(out)))
+    assert [(run.row, run.lr, run.seed, run.is_done) for run in runs] == [
+        (row, 0.001, seed, True) for row in ("baseline", "relu2") for seed in (0, 1)
+    ]
+    assert len({run.loss for run in runs}) == 4
+    for run in runs:
+        assert run.facts["config"]["eval_full"] and run.asked["settings"]["seed"] == run.facts["config"]["seed"]
+        assert run.asked["text"] == (tmp_path / f"{run.row}.py").read_text() and "git_commit" in run.facts
+        assert (run.folder / "ckpt.pt").exists() == (run.seed == 0) and not (run.folder / "ckpt_last.pt").exists()
+
+    # a second call trains nothing
+    stamps = {run.folder: os.stat(run.folder / "metrics.jsonl").st_mtime_ns for run in runs}
+    assert run_here(*words) == 0
+    assert stamps == {folder: os.stat(folder / "metrics.jsonl").st_mtime_ns for folder in stamps}
+    assert "4 runs, 4 of them finished before" in capsys.readouterr().out
+
+    # what lies there is another run: told, not overwritten
+    assert run_here(*rows, f"--recipe={recipe(6)}", "--seeds=2", f"--out_dir={out}") == 2
+    assert "lr_decay_iters=4, not 6, max_iters=4, not 6" in capsys.readouterr().err
+    recipe()
+
+    docs.mkdir()
+    (docs / "results.md").write_text("# By hand\n")
+    for _ in range(2):  # the second report replaces the first
+        assert run_here("--report", f"--out_dir={out}", f"--docs={docs}") == 0
+    text = (docs / "results.md").read_text()
+    assert text.startswith("# By hand\n\n<!-- tiny:start -->") and text.count("<!-- tiny:") == 2
+    loss = {row: [run.loss for run in runs if run.row == row] for row in ("baseline", "relu2")}
+    table = table_under(text, "Loss, lr 0.001")
+    for row, values in loss.items():
+        spread = abs(values[0] - values[1]) / math.sqrt(2)
+        assert table[row]["val loss"] == f"{sum(values) / 2:.4f} ± {spread:.4f}"
+        assert table[row]["seeds"] == "2"
+    gaps = [a - b for a, b in zip(loss["relu2"], loss["baseline"])]
+    half = 12.706 * abs(gaps[0] - gaps[1]) / 2  # stdev = |difference| / sqrt 2, over sqrt 2
+    assert table["relu2"]["to baseline"] == f"{sum(gaps) / 2:+.4f} ± {half:.4f}"
+    bits = statistics.fmean(loss["baseline"]) / math.log(2)
+    assert math.isclose(float(table["baseline"]["bits a byte"]), bits, abs_tol=6e-5)  # a character is a byte
+    cost = table_under(text, "Cost")
+    # a block of width 16: 12 16^2 weights and two norms, the last norm, the embedding; the position table is left out
+    vocabulary = runs[0].facts["model_args"]["vocab_size"]
+    assert cost["baseline"]["parameters"] == f"{12 * 256 + 3 * 16 + vocabulary * 16:,} (1.00x)"
+    flops = 3 * (2 * (12 * 256 + vocabulary * 16) + 4 * 16 * 17 / 2)
+    assert cost["baseline"]["MFLOPs a token"] == f"{flops / 1e6:.2f} (1.00x)"
+    assert table_under(text, "Matched time, lr 0.001")["baseline"]["steps done by then"] == "100%"
+
+    page = Page((docs / "tiny.html").read_text())
+    assert page.fetched and all(link.startswith("data:image/png;base64,") for link in page.fetched)
+    assert "http" not in (docs / "tiny.html").read_text()
+    assert page.tables[0][0] == list(table["relu2"])
+    assert {row[0]: row[1] for row in page.tables[0][1:]} == {row: table[row]["val loss"] for row in table}
+    for name in re.findall(r"\]\(([^)]+)\)", text):
+        assert (docs / name).stat().st_size > 1000
+
+    assert run_here("--pictures", f"--out_dir={out}", f"--docs={docs}") == 0
+    assert re.search(r"^waves: skipped, .*no finished run of fhn", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_tuned_column(recipe, tmp_path, in_process):
+    out, docs = tmp_path / "out-tuned", tmp_path / "docs"
+    rows = [config(tmp_path, "baseline"), config(tmp_path, "bias", "bias = True\n")]
+    words = [*rows, f"--recipe={recipe()}", "--seeds=2", "--tune", "--grid=1e-4,1e-3,1e-2", f"--out_dir={out}"]
+    assert run_here(*words) == 0
+    tuned = json.loads((out / "tuned.json").read_text())
+    searched = {float(lr): loss for lr, loss in tuned["baseline"]["losses"].items()}
+    best = min(searched, key=searched.get)
+    assert list(searched) == [1e-4, 1e-3, 1e-2] and best == 1e-2  # four steps: the fastest
+    assert tuned["bias"] == tuned["baseline"] == {"lr": best, "from": "baseline", "losses": tuned["bias"]["losses"]}
+    done = {(run.row, run.lr, run.seed) for run in find_runs(AblateConfig(out_dir=str(out))) if run.is_done}
+    both = {(row, lr, seed) for row in ("baseline", "bias") for lr in (1e-3, best) for seed in (0, 1)}
+    assert done == both | {("baseline", 1e-4, 0)}  # only the family's head is searched
+    assert run_here("--report", f"--out_dir={out}", f"--docs={docs}") == 0
+    text = (docs / "results.md").read_text()
+    assert re.findall(r"^### Loss, (.*)$", text, re.MULTILINE) == ["lr 0.001", "tuned"]
+    assert table_under(text, "Loss, tuned")["bias"]["lr"] == "0.01*"  # at the grid's edge
+    losses = [Run(out / "bias" / f"lr0.01-seed{seed}").loss for seed in (0, 1)]
+    assert table_under(text, "Loss, tuned")["bias"]["val loss"].startswith(f"{statistics.fmean(losses):.4f}")
+
+
+def test_a_killed_run_goes_on_where_it_was(recipe, tmp_path, capsys):
+    rows, steps, out = [config(tmp_path, "baseline")], 1000, tmp_path / "out-killed"
+    words = [str(word) for word in (*rows, f"--recipe={recipe(steps, interval=100)}", "--seeds=1", f"--out_dir={out}")]
+    folder = out / "baseline/lr0.001-seed0"
+    process = subprocess.Popen([sys.executable, str(ROOT / "ablate.py"), *words], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 100
+        while len(Run(folder).evaluations) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        assert run_here(*words) == 0  # another call keeps its hands off what is being trained
+        assert "is being trained by another process" in capsys.readouterr().out
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    stopped = Run(folder)
+    assert not stopped.is_done and not stopped.failed and (folder / "ckpt_last.pt").exists()
+    assert run_here(*words) == 0
+    resumed = Run(folder)
+    assert resumed.is_done and resumed.evaluations[-1]["iter"] == steps
+    assert [line["iter"] for line in resumed.evaluations] == list(range(0, steps + 1, 100))
+    kept = {line["iter"]: line["tokens_per_s"] for line in stopped.steps if line["iter"] < 200}
+    assert kept and kept.items() <= {line["iter"]: line["tokens_per_s"] for line in resumed.steps}.items()  # not redone
+
+
+def test_a_failed_run_is_marked_and_tried_again(recipe, tmp_path, capsys):
+    out = tmp_path / "out-failed"
+    rows = [config(tmp_path, "baseline"), config(tmp_path, "broken", 'mlp_act = "no such thing"\n')]
+    words = [*rows, f"--recipe={recipe()}", "--seeds=1", f"--out_dir={out}"]
+    assert run_here(*words) == 1
+    broken = Run(out / "broken/lr0.001-seed0")
+    assert broken.failed["status"] == 2 and "mlp_act='no such thing'" in broken.failed["error"]
+    assert not broken.is_done and Run(out / "baseline/lr0.001-seed0").is_done
+    assert "1 of 2 runs finished, 1 failed" in capsys.readouterr().out
+    assert run_here("--report", f"--out_dir={out}", f"--docs={tmp_path}") == 0
+    text = (tmp_path / "results.md").read_text()
+    assert list(table_under(text, "Loss, lr 0.001")) == ["baseline"] and "Failed, and in no table: broken" in text
+    config(tmp_path, "broken", 'mlp_act = "relu2"\n')
+    assert run_here(*words) == 0
+    mended = Run(out / "broken/lr0.001-seed0")
+    assert mended.is_done and not mended.failed and mended.facts["model_args"]["mlp_act"] == "relu2"
+    (mended.folder / "failed.json").write_text('{"status": 1, "error": "while saving"}')
+    assert not Run(mended.folder).is_done  # however far its metrics go
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--seeds=0", "x.py"], "seeds=0: must be at least 1"),
+    (["nowhere.py"], "nowhere.py: no such config file"),
+    (["--report", "--out_dir=nowhere"], "nowhere: no finished runs"),
+    (["--seeds=2"], "name the config files to train"),
+    (["--learning_rates=fast", "x.py"], "learning_rates=fast: expected numbers"),
+    (["--sed=1", "x.py"], "did you mean"),
+    (["config/ablation/bio.py", "config/presets/bio.py"], "would both be the row bio"),
+])  # fmt: skip
+def test_mistakes_are_told_in_one_line(words, said, capsys):
+    assert run_here(*words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ablate.py: error: ") and said in error and error.count("\n") == 1
+
+
+def test_t_quantiles():
+    assert all(abs(t - stats.t.ppf(0.975, n)) < 6e-4 for n, t in enumerate(T_975, 1))
+
+
+def test_difference():
+    paired = difference({0: 1.0, 1: 1.3, 2: 1.1, 9: 7.0}, {0: 1.2, 1: 1.4, 2: 1.4})
+    interval = stats.ttest_rel([1.0, 1.3, 1.1], [1.2, 1.4, 1.4]).confidence_interval()
+    assert paired.kind == "paired" and math.isclose(paired.mean, -0.2)
+    assert math.isclose(paired.half, (interval.high - interval.low) / 2, rel_tol=1e-3)
+    assert paired.verdict == ""  # three seeds 0.1 apart are not enough
+    a, b = {0: 1.0, 1: 1.02, 2: 1.01}, {3: 1.2, 4: 1.21, 5: 1.22}
+    welch = difference(a, b)
+    interval = stats.ttest_ind(list(a.values()), list(b.values()), equal_var=False).confidence_interval()
+    assert welch.kind == "Welch" and math.isclose(welch.half, (interval.high - interval.low) / 2, rel_tol=0.1)
+    assert welch.verdict == "better (Welch)"
+    assert difference({0: 1.0}, {0: 1.5}) == Difference(-0.5, None, "one seed")
+
+
+def test_families():
+    assert family("fhn_4_steps") == "fhn" and family("kan") == family("kan_dog") == "kan"
+    assert family("htm_lr") == "baseline" == family("baseline") == family("bias")
+    assert family("region_edges") == "block_sparse_1" and family("knots_and_rings") == "knots"
+    assert family("relu2") == "relu2" and family("biology") == "biology"
+    for path in sorted((ROOT / "config/ablation").glob("*.py")):
+        assert (ROOT / f"config/ablation/{family(path.stem)}.py").exists(), path.stem
+
+
+def test_pareto_front():
+    points = {"cheap": (1, 3), "good": (3, 1), "middle": (2, 2), "bad": (3, 3), "same": (2, 2)}
+    assert front(points) == {"cheap", "good", "middle", "same"}
+
+
+def test_marks_are_kept(tmp_path):
+    path = tmp_path / "results.md"
+    path.write_text("before\n<!-- a:start -->\nold\n<!-- a:end -->\nafter\n")
+    ablate.write_between_marks(path, "a", "new")
+    assert path.read_text() == "before\n<!-- a:start -->\n\nnew\n\n<!-- a:end -->\nafter\n"
+    ablate.write_between_marks(path, "b", "more")
+    assert path.read_text().endswith("after\n\n<!-- b:start -->\n\nmore\n\n<!-- b:end -->\n")
+    path.write_text("<!-- a:start -->\n")
+    with pytest.raises(ConfigError, match="only one of the marks"):
+        ablate.write_between_marks(path, "a", "new")

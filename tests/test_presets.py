@@ -1,0 +1,70 @@
+"""Every preset and every ablation config trains; the sizes that the documents print are true."""
+
+import math
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+import configurator
+import model as model_module
+from model import GPT, Cells, GPTConfig, SpectralDecomposition
+from train import Corpus, TrainConfig, Trainer, World, build_model
+
+RECIPE = "config/train_shakespeare_char_cpu.py"
+SIZES = {  # parameters, with 65 characters and with GPT-2's vocabulary
+    "nano": (1_092_002, 52_536_738),
+    "shakespeare_char": (11_875_266, 63_320_002),
+    "small": (90_026_370, 192_915_842),
+    "medium": (314_838_274, 520_617_218),
+}
+LARGE = ("small", "medium")  # are built on the meta device and never trained here
+PRESETS = {path.stem: path for path in sorted((ROOT / "config/presets").glob("*.py"))}
+SMALL = [path for name, path in PRESETS.items() if name not in LARGE]
+CONFIGS = SMALL + [path for kind in ("ablation", "local") for path in sorted((ROOT / f"config/{kind}").glob("*.py"))]
+SHORT = ("--max_iters=5", "--batch_size=1", "--gradient_accumulation_steps=1", "--block_size=64")
+
+
+def name_of(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+def test_trains_for_five_steps(config, shakespeare):
+    words = [RECIPE, str(config), *SHORT, f"--data_dir={shakespeare.parent}", "--dtype=float32", "--eval_iters=1"]
+    settings = configurator.read(words, TrainConfig, GPTConfig)
+    cfg = settings.build(TrainConfig, eval_full=False)
+    torch.manual_seed(cfg.seed)
+    corpus = Corpus(cfg)
+    trainer = Trainer(cfg, build_model(settings, None, corpus), corpus, World("cpu", "gloo"), torch.float32)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    losses = [trainer.step()[0].item() for _ in range(cfg.max_iters)]
+    assert all(map(math.isfinite, losses)) and math.isfinite(trainer.evaluate()["val_loss"])
+    assert trainer.iter_num == 5
+    assert any(not torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before))
+
+
+def build_on_meta(name, monkeypatch, **overrides):
+    def cells_on_cpu(*args):  # which cell may look at which is worked out from numbers
+        with torch.device("cpu"):
+            return Cells(*args)
+
+    monkeypatch.setattr(model_module, "Cells", cells_on_cpu)
+    monkeypatch.setattr(SpectralDecomposition, "refresh", lambda self: None)  # eigenvectors of real numbers
+    config = configurator.read([str(PRESETS[name])], TrainConfig, GPTConfig).build(GPTConfig, **overrides)
+    with torch.device("meta"):
+        return GPT(config)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes(name, monkeypatch):
+    text = (ROOT / "docs/theory.md").read_text(encoding="utf-8")
+    line = re.search(rf"^\| `{name}` \|(.*)\|$", text, re.MULTILINE)[1]
+    size, block, *counts = (part.strip() for part in line.split("|"))
+    for vocabulary, count, said in zip((65, 50304), SIZES[name], counts, strict=True):
+        model = build_on_meta(name, monkeypatch, vocab_size=vocabulary)
+        assert all(p.is_meta for p in model.parameters())
+        assert model.num_params() == count and said == f"{count:,}"
+    c = model.config
+    assert (size, block) == (f"{c.n_layer} / {c.n_head} / {c.n_embd}", str(c.block_size))
