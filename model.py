@@ -3360,8 +3360,7 @@ class GPT(nn.Module):
         idx (B, T) int64; targets (B, T) int64 with -1 where there is nothing to predict; state: a DecodingState that
         holds the tokens before idx, and is advanced over them. Returns logits (B, T, V) and the loss, a 0-d tensor in
         nats a token; without targets the logits of the last position, (B, 1, V), and None; in training with loss_chunk
-        the last position's logits and the loss. ValueError for more tokens
-        than the model has positions.
+        the last position's logits and the loss. ValueError for more tokens than the model has positions.
         """
         T, past = idx.size(1), 0 if state is None else state.pos
         if self.max_positions is not None and past + T > self.max_positions:
