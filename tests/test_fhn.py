@@ -120,7 +120,7 @@ def test_gradcheck(T, steps):
     inputs, state = medium(2, T, 2, steps=steps)
     inputs = [x.requires_grad_() for x in inputs]
     for function in (fhn.reference, fhn_propagate):
-        torch.autograd.gradcheck(lambda *x: function(*x, 0.4, steps, state)[0], inputs)  # noqa: B023
+        torch.autograd.gradcheck(lambda *x, f=function: f(*x, 0.4, steps, state)[0], inputs)
     inputs = [x.requires_grad_() for x in recurrence(2, T, 2)]
     for function in (scan.reference, gated_scan):
         torch.autograd.gradcheck(function, inputs)
