@@ -6,8 +6,10 @@ Which ideas help? Trains every config with several seeds and learning rates thro
     python ablate.py --pictures  # what the ideas look like inside trained models; trains nothing
 
 A run is OUT_DIR/ROW/lrX-seedY, ROW the config's name; the next call leaves finished runs alone, goes on with stopped
-ones and tries failed ones again. --tune also trains each row at the best learning rate of a small grid, searched with
-one seed by one row of a family, whose other rows take it over. Another recipe, commas between its files
+ones and tries failed ones again. --report keeps what finished runs say in docs/results/NAME.jsonl (OUT_DIR without
+out-), which is committed: a run of those records with the same settings counts as finished too, so that a comparison
+can be spread over days and machines. --tune also trains each row at the best learning rate of a small grid, searched
+with one seed by one row of a family, whose other rows take it over. Another recipe, commas between its files
 (--recipe=config/train_shakespeare_char_cpu.py,config/block_512.py), needs an --out_dir of its own.
 """
 
@@ -55,7 +57,7 @@ class AblateConfig:
     out_dir: str = "out-ablation"  # where runs lie
     report: bool = False  # write what finished runs say, and train nothing
     pictures: bool = False  # draw ideas from checkpoints, and train nothing
-    docs: str = "docs"  # where --report and --pictures write: results.md, a page named as out_dir, img/
+    docs: str = "docs"  # where --report and --pictures write: results.md, a page named as out_dir, img/, results/
 
     def __post_init__(self):
         for name in ("seeds", "jobs"):
@@ -73,6 +75,11 @@ class AblateConfig:
     def name(self):
         """What the report's marks, page and plots are called."""
         return Path(self.out_dir).name.removeprefix("out-")
+
+    @property
+    def records(self):
+        """The file of committed records, a line a run."""
+        return Path(self.docs) / "results" / f"{self.name}.jsonl"
 
 
 def numbers(name, text):
@@ -118,7 +125,7 @@ def read_json(path):
 
 
 class Run:
-    """What is in the folder OUT_DIR/ROW/lrX-seedY."""
+    """What is in the folder OUT_DIR/ROW/lrX-seedY, or in a record of it."""
 
     def __init__(self, folder):
         self.folder, self.row = Path(folder), Path(folder).parent.name
@@ -140,6 +147,25 @@ class Run:
 
     def __str__(self):
         return f"{self.row} lr {self.lr:g} seed {self.seed}"
+
+    def record(self):
+        """A line for the records: what was asked, what was built, what came out."""
+        facts = {"config": {"max_iters": self.facts["config"]["max_iters"]}, "model_args": self.changed_args}
+        facts |= {name: self.facts[name] for name in ("parameters", "git_commit")}
+        steps = [{"tokens_per_s": round(self.speed, 1), "memory_mb": self.memory_mb}]
+        return {"asked": self.asked, "facts": facts, "evaluations": self.evaluations, "steps": steps}
+
+    @property
+    def changed_args(self):
+        """The model's settings that are not GPTConfig's defaults."""
+        return {k: v for k, v in self.facts["model_args"].items() if k in DEFAULTS and v != DEFAULTS[k]}
+
+    def recall(self, record):
+        """Take over what a record says."""
+        self.failed = None
+        for name in ("asked", "facts", "evaluations", "steps"):
+            setattr(self, name, record[name])
+        return self
 
     @property
     def is_done(self):
@@ -176,10 +202,29 @@ class Run:
         return {k: v for k, v in self.evaluations[-1].items() if k not in known and "/" not in k}
 
 
+DEFAULTS = {f.name: f.default for f in fields(GPTConfig)}
+
+
+def folder_of(cfg, row, lr, seed):
+    return Path(cfg.out_dir) / row / f"lr{lr:g}-seed{seed}"
+
+
+def read_records(cfg):
+    """{folder: record} of the committed runs."""
+    if not cfg.records.exists():
+        return {}
+    records = map(json.loads, cfg.records.read_text(encoding="utf-8").splitlines())
+    return {folder_of(cfg, *(r["asked"][k] for k in ("row", "learning_rate", "seed"))): r for r in records}
+
+
 def find_runs(cfg):
-    """All runs in out_dir, by row, learning rate and seed."""
+    """All runs in out_dir, and those of the records that are not finished there, by row, learning rate and seed."""
     folders = [p for p in Path(cfg.out_dir).glob("*/lr*-seed*") if re.fullmatch(r"lr[\d.e+-]+-seed\d+", p.name)]
-    return sorted(map(Run, folders), key=lambda run: (run.row, run.lr, run.seed))
+    runs = {run.folder: run for run in map(Run, folders)}
+    for folder, record in read_records(cfg).items():
+        if folder not in runs or not runs[folder].is_done:
+            runs[folder] = Run(folder).recall(record)
+    return sorted(runs.values(), key=lambda run: (run.row, run.lr, run.seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,10 +267,13 @@ def resolve(words):
 
 
 def prepare(cfg, config, row, lr, seed):
-    """The Run in its folder, its ablate.json written. ConfigError if another run's results lie there."""
-    run = Run(Path(cfg.out_dir) / row / f"lr{lr:g}-seed{seed}")
+    """The Run in its folder, or of the records. ConfigError if another run's results lie in the folder."""
+    run = Run(folder_of(cfg, row, lr, seed))
     words = command(cfg, config, lr, seed)
     settings = resolve(words)
+    record = read_records(cfg).get(run.folder)
+    if record and not run.evaluations and record["asked"]["settings"] == settings:
+        return run.recall(record)
     before = run.asked["settings"] if run.asked else None
     if run.evaluations and before and settings:
         was, now = ({k: x.get(k, "default") for k in before | settings} for x in (before, settings))
@@ -301,22 +349,30 @@ def train(cfg, runs):
 
 
 def tune(cfg, rows):
-    """{row: {"lr", "from", "losses"}}, after training what the search needs; rows without a result are left out."""
+    """What `tuned` says of the rows, after training what the search needs: a row of each family, seed 0, the grid."""
     members = {}
     for row in rows:
         members.setdefault(family(row), []).append(row)
-    heads = {(head if head in rows else of[0]): of for head, of in members.items()}
-    grid = numbers("grid", cfg.grid)
-    runs = {head: [prepare(cfg, rows[head], head, lr, 0) for lr in grid] for head in heads}
-    train(cfg, [run for tried in runs.values() for run in tried])
+    heads = [head if head in rows else of[0] for head, of in members.items()]
+    train(cfg, [prepare(cfg, rows[head], head, lr, 0) for head in heads for lr in numbers("grid", cfg.grid)])
+    return tuned(find_runs(cfg), rows)
+
+
+def tuned(runs, rows):
+    """
+    {row: {"lr", "from", "losses"}}: the learning rate that did best, with seed 0, for the row of its family that was
+    searched: the family's head, or the one with most rates tried. A row is left out where none has two or more.
+    """
+    tried = {}
+    for run in runs:
+        if run.is_done and run.seed == 0:
+            tried.setdefault(run.row, {})[run.lr] = run.loss
     found = {}
-    for head, tried in runs.items():
-        losses = {f"{run.lr:g}": run.loss if run.is_done else None for run in tried}
-        if any(run.is_done for run in tried):
-            best = min((run for run in tried if run.is_done), key=lambda run: run.loss)
-            found |= {row: {"lr": best.lr, "from": head, "losses": losses} for row in heads[head]}
-    path = Path(cfg.out_dir) / "tuned.json"
-    replace_file(path, (json.dumps((read_json(path) or {}) | found, indent=2) + "\n").encode())
+    for row in rows:
+        alike = [name for name in tried if family(name) == family(row) and len(tried[name]) > 1]
+        if alike:
+            best = max(alike, key=lambda name: (name == family(row), len(tried[name])))
+            found[row] = {"lr": min(tried[best], key=tried[best].get), "from": best, "losses": tried[best]}
     return found
 
 
@@ -325,8 +381,8 @@ def train_rows(cfg, rows):
     wanted = [(row, lr) for row in rows for lr in learning_rates(cfg, cfg.recipes)]
     todo = [prepare(cfg, rows[row], row, lr, seed) for seed in range(cfg.seeds) for row, lr in wanted]
     if cfg.tune:
-        tuned = [(row, found["lr"]) for row, found in tune(cfg, rows).items()]
-        wanted = list(dict.fromkeys(wanted + tuned))
+        best = [(row, found["lr"]) for row, found in tune(cfg, rows).items()]
+        wanted = list(dict.fromkeys(wanted + best))
         todo = [prepare(cfg, rows[row], row, lr, seed) for seed in range(cfg.seeds) for row, lr in wanted]
     train(cfg, todo)
     failed = [run for run in todo if run.failed]
@@ -394,7 +450,7 @@ def columns_of(cfg, runs):
         raise ConfigError(f"{cfg.out_dir}: no finished runs; train some first")
     fixed = learning_rates(cfg, done[0].asked["recipe"])
     wanted = {f"lr {lr:g}": dict.fromkeys((run.row for run in done), lr) for lr in fixed}
-    wanted["tuned"] = {row: found["lr"] for row, found in (read_json(Path(cfg.out_dir) / "tuned.json") or {}).items()}
+    wanted["tuned"] = {row: found["lr"] for row, found in tuned(runs, wanted[f"lr {fixed[0]:g}"]).items()}
     columns = {}
     for run in done:
         for name, lr_of in wanted.items():
@@ -415,8 +471,8 @@ def flops(model_args):
     return GPT(GPTConfig(**args)).flops_per_token()
 
 
-def quality(rows, tuned=None):
-    """Table rows {header: (text, number)} of losses in one column, best first."""
+def quality(rows, found=None):
+    """Table rows {header: (text, number)} of losses in one column, best first; found: `tuned`'s answer for it."""
     base = {run.seed: run.loss for run in rows.get(BASELINE, [])}
     table = []
     for row, runs in rows.items():
@@ -424,8 +480,8 @@ def quality(rows, tuned=None):
         gap = difference(losses, base) if base and row != BASELINE else None
         bpb = [run.evaluations[-1]["val_bpb"] for run in runs if "val_bpb" in run.evaluations[-1]]
         cells = {"row": (row, row), "val loss": (mean_std(losses.values()), statistics.fmean(losses.values()))}
-        if tuned is not None:
-            cells["lr"] = (f"{runs[0].lr:g}" + edge_mark(tuned[row]), runs[0].lr)
+        if found is not None:
+            cells["lr"] = (f"{runs[0].lr:g}" + edge_mark(found[row]), runs[0].lr)
         cells["to baseline"] = (str(gap), gap.mean) if gap else ("", 0.0)
         cells["verdict"] = (gap.verdict, gap.verdict) if gap else ("", "")
         cells["bits a byte"] = (f"{statistics.fmean(bpb):.4f}", statistics.fmean(bpb)) if bpb else ("", None)
@@ -436,8 +492,12 @@ def quality(rows, tuned=None):
 
 def edge_mark(found):
     """* where the best learning rate is the grid's first or last, so that a better one may lie outside."""
-    grid = [float(lr) for lr in found["losses"]]
-    return "*" if len(grid) > 1 and found["lr"] in (min(grid), max(grid)) else ""
+    return "*" if found["lr"] in (min(found["losses"]), max(found["losses"])) else ""
+
+
+def searched(found):
+    """The row that was searched, and where."""
+    return f"{found['from']} at {', '.join(f'{lr:g}' for lr in sorted(found['losses']))}"
 
 
 def costs(rows):
@@ -522,18 +582,23 @@ def sections(cfg, runs):
     columns = columns_of(cfg, runs)
     if not columns:
         raise ConfigError(f"{cfg.out_dir}: nothing at these learning rates; give --learning_rates")
-    tuned, parts = read_json(Path(cfg.out_dir) / "tuned.json") or {}, []
+    found, parts = tuned(runs, columns.get("tuned", ())), []
     for name, rows in columns.items():
         remark = ""
         if name == "tuned":
-            remark = (f"Each row at the best of {', '.join(tuned[next(iter(rows))]['losses'])}, chosen with seed 0, "
-                      "which is one of the seeds shown, by one row of its family. *: the grid's edge.")  # fmt: skip
-        parts.append((f"Loss, {name}", remark, quality(rows, tuned if name == "tuned" else None)))
+            remark = (
+                "Each row at the learning rate that did best, with seed 0, which is one of the seeds shown, for one "
+                "row of its family: "
+                + "; ".join(sorted({searched(found[row]) for row in rows}))
+                + ". *: the edge of what "
+                "was tried."
+            )
+        parts.append((f"Loss, {name}", remark, quality(rows, found if name == "tuned" else None)))
     name, rows = list(columns.items())[-1]
     remark = "Speed and memory were taken while training: compare inside this table only, and only roughly."
     parts.append(("Cost", remark, costs(rows)))
     if BASELINE in rows:
-        alike = quality(matched(rows), tuned if name == "tuned" else None)
+        alike = quality(matched(rows), found if name == "tuned" else None)
         parts.append((f"Matched parameters, {name}", "Rows within 5 % of the baseline's parameters.", alike))
         remark = (
             "Loss after the seconds that the baseline needs to its end, between evaluations by straight lines. A "
@@ -548,7 +613,10 @@ def report(cfg, runs):
     parts, intro, docs = sections(cfg, runs), describe(cfg, runs), Path(cfg.docs)
     failed = [f"{run}: {run.failed['error']}" for run in runs if run.failed]
     rows = list(columns_of(cfg, runs).items())[-1]
-    (docs / "img").mkdir(parents=True, exist_ok=True)
+    for folder in ("img", "results"):
+        (docs / folder).mkdir(parents=True, exist_ok=True)
+    records = "".join(json.dumps(run.record()) + "\n" for run in find_runs(cfg) if run.is_done)  # of all rows
+    replace_file(cfg.records, records.encode())
     plots = {f"{cfg.name}-curves": plot_curves(*rows), f"{cfg.name}-pareto": plot_pareto(*rows)}
     for name, data in plots.items():
         replace_file(docs / "img" / f"{name}.png", data)

@@ -182,11 +182,11 @@ def test_tuned_column(recipe, tmp_path, in_process):
     rows = [config(tmp_path, "baseline"), config(tmp_path, "bias", "bias = True\n")]
     words = [*rows, f"--recipe={recipe()}", "--seeds=2", "--tune", "--grid=1e-4,1e-3,1e-2", f"--out_dir={out}"]
     assert run_here(*words) == 0
-    tuned = json.loads((out / "tuned.json").read_text())
-    searched = {float(lr): loss for lr, loss in tuned["baseline"]["losses"].items()}
-    best = min(searched, key=searched.get)
-    assert list(searched) == [1e-4, 1e-3, 1e-2] and best == 1e-2  # four steps: the fastest
-    assert tuned["bias"] == tuned["baseline"] == {"lr": best, "from": "baseline", "losses": tuned["bias"]["losses"]}
+    found = ablate.tuned(find_runs(AblateConfig(out_dir=str(out))), ["bias", "baseline", "mfs"])
+    best = 1e-2  # four steps: the fastest
+    losses = {lr: Run(out / "baseline" / f"lr{lr:g}-seed0").loss for lr in (1e-4, 1e-3, 1e-2)}
+    assert found == dict.fromkeys(["bias", "baseline"], {"lr": best, "from": "baseline", "losses": losses})
+    assert min(losses, key=losses.get) == best
     done = {(run.row, run.lr, run.seed) for run in find_runs(AblateConfig(out_dir=str(out))) if run.is_done}
     both = {(row, lr, seed) for row in ("baseline", "bias") for lr in (1e-3, best) for seed in (0, 1)}
     assert done == both | {("baseline", 1e-4, 0)}  # only the family's head is searched
@@ -196,6 +196,31 @@ def test_tuned_column(recipe, tmp_path, in_process):
     assert table_under(text, "Loss, tuned")["bias"]["lr"] == "0.01*"  # at the grid's edge
     losses = [Run(out / "bias" / f"lr0.01-seed{seed}").loss for seed in (0, 1)]
     assert table_under(text, "Loss, tuned")["bias"]["val loss"].startswith(f"{statistics.fmean(losses):.4f}")
+
+
+def test_records_stand_for_runs(recipe, tmp_path, capsys, in_process):
+    """What is committed is enough for the same report elsewhere, and for training only what is missing."""
+    docs, here, there = tmp_path / "docs", tmp_path / "a/out-tiny", tmp_path / "b/out-tiny"
+    rows = [config(tmp_path, "baseline"), config(tmp_path, "relu2", 'mlp_act = "relu2"\n')]
+    words = [f"--recipe={recipe()}", f"--docs={docs}"]
+    assert run_here(*rows, *words, "--seeds=1", f"--out_dir={here}") == 0
+    assert run_here("--report", *words, f"--out_dir={here}") == 0
+    lines = (docs / "results/tiny.jsonl").read_text().splitlines()
+    assert [json.loads(line)["asked"]["row"] for line in lines] == ["baseline", "relu2"]
+    first = (docs / "results.md").read_text()
+    assert run_here("--report", rows[1], *words, f"--out_dir={here}") == 0  # a report of one row keeps all records
+    assert (docs / "results/tiny.jsonl").read_text().splitlines() == lines
+    assert run_here("--report", *words, f"--out_dir={there}") == 0
+    assert (docs / "results.md").read_text() == first
+    assert (docs / "results/tiny.jsonl").read_text().splitlines() == lines
+
+    capsys.readouterr()
+    assert run_here(*rows, *words, "--seeds=2", f"--out_dir={there}") == 0
+    assert "4 runs, 2 of them finished before" in capsys.readouterr().out
+    assert sorted(path.parent.name for path in there.glob("*/*/metrics.jsonl")) == ["lr0.001-seed1"] * 2
+    rows[1].write_text("bias = True\n")  # another model under the same name: its record says nothing of it
+    assert run_here(rows[1], *words, "--seeds=1", f"--out_dir={there}") == 0
+    assert "1 runs, 0 of them finished before" in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on_where_it_was(recipe, tmp_path, capsys):
