@@ -9,6 +9,7 @@ Speed and memory, always beside a reference in the same run.
     python bench.py heads      # steps and memory of output heads; FLOPs at GPT-2's size
     python bench.py residual   # steps of residual wirings, and of the package hyper-connections
     python bench.py local      # steps of learning rules
+    python bench.py recall     # key-value pairs in random text: the share recalled from beyond the attention window
     python bench.py kernels    # Triton: what ptxas says of each kernel, bytes moved, and speed where there is a GPU
     python bench.py step --only=cpu --repeats=21
 
@@ -54,7 +55,7 @@ class BenchConfig:
     only: str = ""  # comma-separated parts; empty = all
     repeats: int = 11  # rounds; each contender runs once in each
     tokens: int = 512  # of decode: how many to write
-    seeds: int = 3  # of recipe: runs of each contender
+    seeds: int = 3  # of recipe and recall: runs of each contender
     max_iters: int = 2000  # of recipe: steps of a run
     dtype: str = "auto"  # of training steps, where a row's name has none: the number format of our runs
     device: str = "cpu"  # "auto" | "cpu" | "cuda" | "mps"
@@ -631,6 +632,74 @@ def bench_recipe(cfg, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Recall: pairs of a key and its value, drawn anew for each text, lie in its first quarter between random words; its
+# last quarter asks for each. Cells of about 16 tokens and the ring before them, twice, see at most 80 tokens back.
+
+PAIRS, KEYS, TEXT = 8, 64, 256  # pairs a text, possible keys (as many values), tokens a text
+RECALL = {"vocab_size": 3 * KEYS, "block_size": TEXT, "n_layer": 2, "n_head": 4, "n_embd": 64, "bias": False}
+CELLS_OF_16 = {"use_block_sparse": True, "anchor_min_gap": 16, "anchor_jitter": 4, "use_ferope": True}
+RECALLERS = {
+    "block-sparse": CELLS_OF_16,
+    "block-sparse, sdr without memory": CELLS_OF_16 | {"use_sdr": True, "sdr_rule": "none"},
+    "block-sparse, sdr, hebb": CELLS_OF_16 | {"use_sdr": True},
+    "block-sparse, sdr, hebb without decay": CELLS_OF_16 | {"use_sdr": True, "sdr_decay": 1.0},
+    "block-sparse, sdr, delta": CELLS_OF_16 | {"use_sdr": True, "sdr_rule": "delta"},
+    "block-sparse, sdr, willshaw": CELLS_OF_16 | {"use_sdr": True, "sdr_rule": "willshaw", "sdr_decay": 1.0},
+    "dense attention": {"use_ferope": True},
+}
+RECALL_STEPS = 400
+
+
+def recall_texts(rows, generator):
+    """Texts (rows, TEXT) and targets: the value after each key in the last quarter, -1 elsewhere."""
+    texts = torch.randint(2 * KEYS, 3 * KEYS, (rows, TEXT), generator=generator)
+    targets = torch.full_like(texts, -1)
+
+    def some(n, among):
+        return torch.rand(rows, among, generator=generator).argsort(1)[:, :n]
+
+    keys, values = some(PAIRS, KEYS), some(PAIRS, KEYS) + KEYS
+    told, asked = (start + 2 * some(PAIRS, TEXT // 8) for start in (0, 3 * TEXT // 4))
+    for at in (told, asked):
+        texts.scatter_(1, at, keys).scatter_(1, at + 1, values)
+    targets.scatter_(1, asked, values)
+    return texts, targets
+
+
+def recalled(flags, seed, steps, device):
+    """Share of the pairs of 256 new texts whose value is the likeliest word, after training."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = GPT(GPTConfig(**RECALL | flags)).to(device)
+    optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.99), device)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 3e-3 * min(
+            1, step / 50, 2 - 2 * step / steps
+        )
+        texts, targets = (x.to(device) for x in recall_texts(16, generator))
+        model(texts, targets)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    texts, targets = (x.to(device) for x in recall_texts(256, generator))
+    with torch.no_grad():
+        right = model(texts, targets)[0].argmax(-1) == targets
+    return right[targets >= 0].float().mean().item()
+
+
+def bench_recall(cfg, device, chosen):
+    shares = {name: [] for name in chosen}
+    for seed in range(cfg.seeds):
+        for name in chosen:
+            shares[name].append(recalled(RECALLERS[name], seed, min(cfg.max_iters, RECALL_STEPS), device))
+            print(f"seed {seed}: {name} recalls {shares[name][-1]:.1%}", flush=True)
+    for name, values in shares.items():
+        print(f"{name:34s} {statistics.fmean(values):6.1%} ({min(values):.1%} to {max(values):.1%})")
+    print(f"chance, of one value: {1 / KEYS:.1%}")
+    return shares
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Attention over T: 6 heads of 64, or as many channels. Each is a function of T that returns (how to mix, its
 # inputs, *parameters).
 
@@ -890,7 +959,7 @@ def each(parts):
 
 
 RECIPE = {"cpu": bench_recipe}
-BENCHES = {"attention": (bench_attention, ATTENTION_LENGTHS)} | {
+BENCHES = {"attention": (bench_attention, ATTENTION_LENGTHS), "recall": (bench_recall, RECALLERS)} | {
     what: (each(parts), parts)
     for what, parts in {
         "step": STEP, "decode": DECODE, "recipe": RECIPE, "mlp": CHANNEL, "heads": HEADS, "residual": RESIDUAL,
