@@ -2,6 +2,7 @@
 Which ideas help? Trains every config with several seeds and learning rates through train.py, and reports.
 
     python ablate.py config/ablation/*.py --seeds=3 --tune --jobs=2
+    python ablate.py --time      # each row's training step beside the baseline's, taking turns; trains nothing
     python ablate.py --report    # tables in docs/results.md, plots, a page that opens offline; trains nothing
     python ablate.py --pictures  # what the ideas look like inside trained models; trains nothing
 
@@ -15,7 +16,6 @@ with one seed by one row of a family, whose other rows take it over. Another rec
 
 import base64
 import fcntl
-import functools
 import html
 import json
 import math
@@ -28,11 +28,13 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, fields
+from functools import cache, partial
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 
 import numpy as np
 
+import bench
 import configurator
 import pictures
 from configurator import ROOT, ConfigError
@@ -55,6 +57,7 @@ class AblateConfig:
     grid: str = "1e-3,2e-3,3e-3,5e-3"  # learning rates that --tune tries with seed 0
     jobs: int = 1  # runs at a time; with several, one thread each
     out_dir: str = "out-ablation"  # where runs lie
+    time: bool = False  # measure the steps of finished rows that were not measured yet, and train nothing
     report: bool = False  # write what finished runs say, and train nothing
     pictures: bool = False  # draw ideas from checkpoints, and train nothing
     docs: str = "docs"  # where --report and --pictures write: results.md, a page named as out_dir, img/, results/
@@ -80,6 +83,11 @@ class AblateConfig:
     def records(self):
         """The file of committed records, a line a run."""
         return Path(self.docs) / "results" / f"{self.name}.jsonl"
+
+    @property
+    def timings(self):
+        """The file of what --time measured."""
+        return self.records.with_name(f"{self.name}-speed.json")
 
 
 def numbers(name, text):
@@ -183,13 +191,13 @@ class Run:
         return statistics.median([line["tokens_per_s"] for line in self.steps[1:] or self.steps])
 
     @property
-    def seconds(self):
-        return self.evaluations[-1]["tokens"] / self.speed
+    def has_curve(self):
+        """Whether it was evaluated often enough for a curve."""
+        return len(self.evaluations) > 4
 
-    def loss_after(self, seconds):
-        """Loss after so many seconds of training, linear between evaluations; at most the last one."""
-        times = [line["tokens"] / self.speed for line in self.evaluations]
-        return float(np.interp(seconds, times, [line["val_loss"] for line in self.evaluations]))
+    def loss_at(self, step):
+        """Loss after so many steps, linear between evaluations; at most the last one."""
+        return float(np.interp(step, *zip(*((line["iter"], line["val_loss"]) for line in self.evaluations))))
 
     @property
     def memory_mb(self):
@@ -317,7 +325,7 @@ def finish(run, status):
     (run.folder / "ckpt_last.pt").unlink(missing_ok=True)
     if run.seed:  # pictures need one checkpoint of a row
         (run.folder / "ckpt.pt").unlink(missing_ok=True)
-    return f"val loss {run.loss:.4f}, {run.seconds:.0f} s"
+    return f"val loss {run.loss:.4f}, {run.speed:,.0f} tokens/s"
 
 
 def train(cfg, runs):
@@ -464,7 +472,7 @@ def mflops(run):
     return flops(json.dumps(run.facts["model_args"])) / 1e6
 
 
-@functools.cache
+@cache
 def flops(model_args):
     known = {f.name for f in fields(GPTConfig)}
     args = {name: value for name, value in json.loads(model_args).items() if name in known}
@@ -500,24 +508,34 @@ def searched(found):
     return f"{found['from']} at {', '.join(f'{lr:g}' for lr in sorted(found['losses']))}"
 
 
-def costs(rows):
+def costs(rows, timings):
     """Table rows of what each row costs: parameters, FLOPs, speed, memory, sparsity."""
     table = []
     base = rows.get(BASELINE)
     for row, runs in rows.items():
-        count, flops, speed = runs[0].facts["parameters"], mflops(runs[0]), median_of(runs, "speed")
-        memory, measured = median_of(runs, "memory_mb"), runs[0].measured
+        count, flops = runs[0].facts["parameters"], mflops(runs[0])
+        memory, measured = timings.get(row, {}).get("memory_mb"), runs[-1].measured
         share = (lambda x, of: f" ({x / of:.2f}x)") if base else (lambda x, of: "")
-        against = (base[0].facts["parameters"], mflops(base[0]), median_of(base, "speed")) if base else (1, 1, 1)
+        against = (base[0].facts["parameters"], mflops(base[0])) if base else (1, 1)
         table.append({
             "row": (row, row),
             "parameters": (f"{count:,}" + share(count, against[0]), count),
             "MFLOPs a token": (f"{flops:.2f}" + share(flops, against[1]), flops),
-            "tokens/s": (f"{speed:,.0f}" + share(speed, against[2]), speed),
+            "speed": speed_of(row, rows, timings),
             "peak MB": (f"{memory:,.0f}", memory) if memory else ("", None),
             "measured": (", ".join(f"{k} {v:.3f}" for k, v in measured.items()), measured.get("sparsity")),
         })  # fmt: skip
     return sorted(table, key=lambda cells: cells["parameters"][1])
+
+
+def speed_of(row, rows, timings):
+    """(text, number): steps in the time of one of the baseline's, of --time; else of what training logged, with a ~."""
+    if row in timings:
+        return "{speed:.2f}x ({low:.2f} to {high:.2f})".format(**timings[row]), timings[row]["speed"]
+    if BASELINE not in rows:
+        return f"{median_of(rows[row], 'speed'):,.0f} tokens/s", median_of(rows[row], "speed")
+    ratio = median_of(rows[row], "speed") / median_of(rows[BASELINE], "speed")
+    return f"~{ratio:.2f}x", ratio
 
 
 def median_of(runs, name):
@@ -525,21 +543,23 @@ def median_of(runs, name):
     return statistics.median(values) if values else None
 
 
-def at_the_baselines_time(rows):
-    """Table rows: losses after the seconds that the baseline trained, and the difference to its end."""
-    base = rows[BASELINE]
-    seconds, end = median_of(base, "seconds"), {run.seed: run.loss for run in base}
+def at_the_baselines_time(rows, timings):
+    """Table rows: losses after the time that the baseline trained, and the difference to its end."""
+    end = {run.seed: run.loss for run in rows[BASELINE]}
     table = []
     for row, runs in rows.items():
-        losses = {run.seed: end[run.seed] if row == BASELINE else run.loss_after(seconds) for run in runs}
-        gap = difference(losses, end) if row != BASELINE else None
-        done = seconds / median_of(runs, "seconds")
-        table.append({
-            "row": (row, row),
-            "steps done by then": (f"{min(done, 1):.0%}", min(done, 1)),
-            "val loss then": (mean_std(losses.values()), statistics.fmean(losses.values())),
-            "to baseline": (str(gap), gap.mean) if gap else ("", 0.0),
-        })  # fmt: skip
+        speed = 1.0 if row == BASELINE else speed_of(row, rows, timings)[1]
+        steps = speed * runs[0].facts["config"]["max_iters"]
+        losses = {run.seed: run.loss_at(steps) for run in runs if speed >= 1 or run.has_curve}
+        if losses:
+            gap = difference(losses, end) if row != BASELINE else None
+            table.append({
+                "row": (row, row),
+                "steps done by then": (f"{min(speed, 1):.0%}", min(speed, 1)),
+                "val loss then": (mean_std(losses.values()), statistics.fmean(losses.values())),
+                "to baseline": (str(gap), gap.mean) if gap else ("", 0.0),
+                "seeds": (str(len(losses)), len(losses)),
+            })  # fmt: skip
     return sorted(table, key=lambda cells: cells["val loss then"][1])
 
 
@@ -595,16 +615,23 @@ def sections(cfg, runs):
             )
         parts.append((f"Loss, {name}", remark, quality(rows, found if name == "tuned" else None)))
     name, rows = list(columns.items())[-1]
-    remark = "Speed and memory were taken while training: compare inside this table only, and only roughly."
-    parts.append(("Cost", remark, costs(rows)))
+    timings = read_json(cfg.timings) or {}
+    remark = (
+        "Speed: training steps in the time of one of the baseline's, taking turns, median and quartiles of rounds "
+        "(`--time`); with a ~, what runs logged while they trained, which other work on the machine disturbs. Memory: "
+        "the peak of a fresh process over what code alone takes."
+    )
+    every = dict(sorted({row: runs for column in columns.values() for row, runs in column.items()}.items()))
+    parts.append(("Cost", remark, costs(every, timings)))
     if BASELINE in rows:
         alike = quality(matched(rows), found if name == "tuned" else None)
         parts.append((f"Matched parameters, {name}", "Rows within 5 % of the baseline's parameters.", alike))
         remark = (
-            "Loss after the seconds that the baseline needs to its end, between evaluations by straight lines. A "
-            "slower row is cut off before its learning rate has decayed; a schedule of that length would do better."
+            "Loss after the time that the baseline needs to its end, by the speeds above, between evaluations by "
+            "straight lines. A slower row is cut off before its learning rate has decayed; a schedule of that length "
+            "would do better."
         )
-        parts.append((f"Matched time, {name}", remark, at_the_baselines_time(rows)))
+        parts.append((f"Matched time, {name}", remark, at_the_baselines_time(rows, timings)))
     return parts
 
 
@@ -617,7 +644,8 @@ def report(cfg, runs):
         (docs / folder).mkdir(parents=True, exist_ok=True)
     records = "".join(json.dumps(run.record()) + "\n" for run in find_runs(cfg) if run.is_done)  # of all rows
     replace_file(cfg.records, records.encode())
-    plots = {f"{cfg.name}-curves": plot_curves(*rows), f"{cfg.name}-pareto": plot_pareto(*rows)}
+    timings = read_json(cfg.timings) or {}
+    plots = {f"{cfg.name}-curves": plot_curves(*rows), f"{cfg.name}-pareto": plot_pareto(*rows, timings)}
     for name, data in plots.items():
         replace_file(docs / "img" / f"{name}.png", data)
     replace_file(docs / f"{cfg.name}.html", page(cfg, intro, parts, plots, runs, failed).encode())
@@ -651,8 +679,10 @@ def plot_curves(column, rows, named=8):
     figure, axes = pyplot().subplots(figsize=(8, 5), **TIGHT)
     order = sorted(rows, key=lambda row: statistics.fmean(run.loss for run in rows[row]))
     for row in reversed(order):
-        curves = [[line["val_loss"] for line in run.evaluations] for run in rows[row]]
-        tokens = [line["tokens"] for line in rows[row][0].evaluations][: min(map(len, curves))]
+        curves = [[line["val_loss"] for line in run.evaluations] for run in rows[row] if run.has_curve]
+        if not curves:
+            continue
+        tokens = [line["tokens"] for line in next(run.evaluations for run in rows[row] if run.has_curve)]
         mean = [statistics.fmean(values) for values in zip(*curves)]
         style = {"color": "lightgrey", "lw": 0.8}
         if row == BASELINE or row in order[:named]:
@@ -673,17 +703,19 @@ def front(points):
     return set(points) - beaten
 
 
-def plot_pareto(column, rows):
-    """Loss against parameters, FLOPs and time a token; rows on the front are named."""
+def plot_pareto(column, rows, timings):
+    """Loss against parameters, FLOPs and time a step; rows on the front are named."""
     figure, panels = pyplot().subplots(1, 3, figsize=(15, 5), **TIGHT, sharey=True)
     losses = {row: statistics.fmean(run.loss for run in runs) for row, runs in rows.items()}
     prices = {
-        "parameters": lambda runs: runs[0].facts["parameters"],
-        "MFLOPs a token": lambda runs: mflops(runs[0]),
-        "microseconds a token": lambda runs: 1e6 / median_of(runs, "speed"),
+        "parameters": lambda row: rows[row][0].facts["parameters"],
+        "MFLOPs a token": lambda row: mflops(rows[row][0]),
+        "time of a step, baseline = 1" if BASELINE in rows else "s a token": lambda row: (
+            1 / speed_of(row, rows, timings)[1]
+        ),
     }
     for axes, (label, price) in zip(panels, prices.items()):
-        points = {row: (price(runs), losses[row]) for row, runs in rows.items()}
+        points = {row: (price(row), losses[row]) for row in rows}
         best = front(points)
         for row, (x, y) in points.items():
             axes.plot(x, y, "o", color="black" if row == BASELINE else "tab:red" if row in best else "lightgrey")
@@ -742,7 +774,30 @@ def page(cfg, intro, parts, plots, runs, failed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures and the command line.
+# Timing, pictures and the command line.
+
+
+def time_rows(cfg, runs):
+    """Measure the step of each row beside the baseline's, and its memory, into cfg.timings, row after row."""
+    first = {run.row: run for run in reversed(runs) if run.is_done}
+    if BASELINE not in first:
+        raise ConfigError(f"{cfg.out_dir}: no finished run of {BASELINE}, which speeds are compared with")
+    found = read_json(cfg.timings) or {}
+    cfg.timings.parent.mkdir(parents=True, exist_ok=True)
+    with bench.random_corpus() as folder:
+        for row in [BASELINE, *sorted(first.keys() - {BASELINE})]:
+            if row in found or first[row].asked["settings"].get("curriculum"):  # a step of varying length
+                continue
+            both = {
+                name: partial(bench.our_step, first[name].changed_args, first[name].asked["settings"]["batch_size"],
+                              "cpu", folder, "auto") for name in (BASELINE, row)
+            }  # fmt: skip
+            steps = {name: partial(bench.several, make(), 5) for name, make in both.items()}
+            measured = bench.speeds(bench.interleave(steps, 11, "cpu"))[-1]
+            found[row] = {k: round(measured[k], 4) for k in ("speed", "low", "high")}
+            found[row]["memory_mb"] = bench.in_fresh_process(bench.peak_memory, both[row], "cpu")
+            print(f"{row}: {found[row]['speed']:.2f}x, {found[row]['memory_mb']} MB", flush=True)
+            replace_file(cfg.timings, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def draw_pictures(cfg, runs):
@@ -771,15 +826,19 @@ def main(argv=None):
         files, words = split_words(sys.argv[1:] if argv is None else argv)
         cfg = configurator.read(words or ([] if files else ["--help"]), AblateConfig, doc=__doc__).build(AblateConfig)
         rows = find_rows(files)
-        if cfg.report or cfg.pictures:
+        if cfg.time or cfg.report or cfg.pictures:
             runs = [run for run in find_runs(cfg) if not rows or run.row in rows]
+            if cfg.time:
+                time_rows(cfg, runs)
             if cfg.report:
                 report(cfg, runs)
             if cfg.pictures:
                 draw_pictures(cfg, runs)
             return
         if not rows:
-            raise ConfigError("name the config files to train, config/ablation/*.py say; or --report or --pictures")
+            raise ConfigError(
+                "name the config files to train, config/ablation/*.py say; or --time, --report, --pictures"
+            )
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as with Ctrl-C, stop the runs
         succeeded = train_rows(cfg, rows)
     raise SystemExit(not succeeded)

@@ -114,7 +114,7 @@ def table_under(text, title):
     return {cells[0]: dict(zip(head, cells)) for cells in body}
 
 
-def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process):
+def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process, monkeypatch):
     out, docs = tmp_path / "out-tiny", tmp_path / "docs"
     rows = [config(tmp_path, "baseline"), config(tmp_path, "relu2", '# A control.\nmlp_act = "relu2"\n')]
     words = [*rows, f"--recipe={recipe()}", "--seeds=2", f"--out_dir={out}", "--jobs=2"]
@@ -164,6 +164,7 @@ def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process):
     flops = 3 * (2 * (12 * 256 + vocabulary * 16) + 4 * 16 * 17 / 2)
     assert cost["baseline"]["MFLOPs a token"] == f"{flops / 1e6:.2f} (1.00x)"
     assert table_under(text, "Matched time, lr 0.001")["baseline"]["steps done by then"] == "100%"
+    assert cost["relu2"]["speed"].startswith("~") and cost["relu2"]["peak MB"] == ""
 
     page = Page((docs / "tiny.html").read_text())
     assert page.fetched and all(link.startswith("data:image/png;base64,") for link in page.fetched)
@@ -172,6 +173,19 @@ def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process):
     assert {row[0]: row[1] for row in page.tables[0][1:]} == {row: table[row]["val loss"] for row in table}
     for name in re.findall(r"\]\(([^)]+)\)", text):
         assert (docs / name).stat().st_size > 1000
+
+    monkeypatch.setattr(ablate.bench, "speeds", lambda seconds: [{}, {"speed": 0.5, "low": 0.4, "high": 0.6}])
+    monkeypatch.setattr(ablate.bench, "in_fresh_process", lambda *args: 7.0)
+    monkeypatch.setattr(ablate.bench, "interleave", lambda steps, rounds, device: list(steps))
+    for _ in range(2):
+        assert run_here("--time", f"--out_dir={out}", f"--docs={docs}") == 0
+        assert run_here("--report", f"--out_dir={out}", f"--docs={docs}") == 0
+    said = capsys.readouterr().out
+    assert said.count("relu2: 0.50x, 7.0 MB") == 1 == said.count("baseline: 0.50x")  # what was measured stays
+    text = (docs / "results.md").read_text()
+    cost = table_under(text, "Cost")["relu2"]
+    assert (cost["speed"], cost["peak MB"]) == ("0.50x (0.40 to 0.60)", "7")
+    assert "relu2" not in table_under(text, "Matched time, lr 0.001")  # at half speed, three evaluations are too few
 
     assert run_here("--pictures", f"--out_dir={out}", f"--docs={docs}") == 0
     assert re.search(r"^waves: skipped, .*no finished run of fhn", capsys.readouterr().out, re.MULTILINE)
