@@ -9,6 +9,7 @@ Speed and memory, always beside a reference in the same run.
     python bench.py heads      # steps and memory of output heads; FLOPs at GPT-2's size
     python bench.py residual   # steps of residual wirings, and of the package hyper-connections
     python bench.py local      # steps of learning rules
+    python bench.py embeddings # steps and memory of sparse codes and manifolds, float32
     python bench.py recall     # key-value pairs in random text: the share recalled from beyond the attention window
     python bench.py kernels    # Triton: what ptxas says of each kernel, bytes moved, and speed where there is a GPU
     python bench.py step --only=cpu --repeats=21
@@ -319,6 +320,16 @@ LOCAL_ROWS = {
     "direct feedback alignment": {"tie_weights": False, "method": "dfa"},
     "sign symmetry": {"tie_weights": False, "method": "sign_sym"},
 }
+EMBEDDING_ROWS = {
+    "plain": {},
+    "sdr": {"use_sdr": True},
+    "sdr, delta": {"use_sdr": True, "sdr_rule": "delta"},
+    "sdr, no memory": {"use_sdr": True, "sdr_rule": "none"},
+    "sphere": {"use_manifold": True, "skip_manifold_spectral": True},
+    "sphere, spectral": {"use_manifold": True},
+    "e7": {"use_manifold": True, "manifold": "e7", "skip_manifold_spectral": True},
+    "rotor": {"use_manifold": True, "manifold": "rotor", "skip_manifold_spectral": True},
+}
 
 
 @contextmanager
@@ -397,6 +408,7 @@ HEADS = {
     "flops": bench_head_flops,
 }
 RESIDUAL = {"6x384": partial(bench_training, RESIDUAL_ROWS, MEDIUM, 16, 1)}
+EMBEDDINGS = {"6x384": partial(bench_training, EMBEDDING_ROWS, MEDIUM, 16, 1)}
 LOCAL = {
     "cpu": partial(bench_training, LOCAL_ROWS, SMALL, 12, 5),
     "6x384": partial(bench_training, LOCAL_ROWS, MEDIUM, 16, 1),
@@ -963,7 +975,7 @@ BENCHES = {"attention": (bench_attention, ATTENTION_LENGTHS), "recall": (bench_r
     what: (each(parts), parts)
     for what, parts in {
         "step": STEP, "decode": DECODE, "recipe": RECIPE, "mlp": CHANNEL, "heads": HEADS, "residual": RESIDUAL,
-        "local": LOCAL, "kernels": KERNELS,
+        "local": LOCAL, "embeddings": EMBEDDINGS, "kernels": KERNELS,
     }.items()
 }  # fmt: skip
 

@@ -71,9 +71,10 @@ def test_presets(run, tmp_path):
     assert preset(BenchConfig(), "cpu") is None  # too large, unless it is asked for
 
 
-@pytest.mark.parametrize("what", ["heads", "residual", "local"])
+@pytest.mark.parametrize("what", ["heads", "residual", "local", "embeddings"])
 def test_variants_of_a_training_step(run, what):
-    table = {"heads": bench.HEAD_ROWS, "residual": bench.RESIDUAL_ROWS, "local": bench.LOCAL_ROWS}[what]
+    tables = {"heads": bench.HEAD_ROWS, "residual": bench.RESIDUAL_ROWS, "local": bench.LOCAL_ROWS}
+    table = (tables | {"embeddings": bench.EMBEDDING_ROWS})[what]
     table = {name: row | ({"mfs_layers": 2} if "use_mfs_head" in row else {}) for name, row in table.items()}
     results, printed = run(what, parts={"tiny": rows_of(table)})
     skipped = {line.split(": skipped")[0] for line in printed.splitlines() if ": skipped" in line}
@@ -209,3 +210,24 @@ def test_refuses_in_one_line_what_it_does_not_know(words, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main()
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_recall_texts():
+    """Each pair is told in the first quarter and asked for in the last, where its value is the only target."""
+    texts, targets = bench.recall_texts(32, torch.Generator().manual_seed(0))
+    quarter = bench.TEXT // 4
+    assert texts.shape == targets.shape == (32, bench.TEXT)
+    for text, target in zip(texts, targets):
+        told = {int(text[i]): int(text[i + 1]) for i in range(quarter) if text[i] < bench.KEYS}
+        at = (target >= 0).nonzero().flatten().tolist()
+        assert len(told) == len(at) == bench.PAIRS and min(at) >= 3 * quarter
+        assert {int(text[i]): int(target[i]) for i in at} == told == {int(text[i]): int(text[i + 1]) for i in at}
+        assert all(bench.KEYS <= value < 2 * bench.KEYS for value in told.values())
+        assert (text[quarter : 3 * quarter] >= 2 * bench.KEYS).all()
+
+
+def test_recall_runs():
+    shares = bench.bench_recall(
+        bench.BenchConfig(seeds=1, max_iters=1), "cpu", ["block-sparse", "block-sparse, sdr, delta"]
+    )
+    assert all(len(values) == 1 and 0 <= values[0] <= 0.1 for values in shares.values())
