@@ -11,3 +11,4 @@ sdr_size = 128
 sdr_active = 12
 sdr_scales = 0
 sdr_radius = 0
+sdr_value_dim = 48

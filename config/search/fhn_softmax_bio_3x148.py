@@ -1,9 +1,10 @@
 # Waves, attention, attention; oscillators; shallower and wider.
-out_dir = "out-search/fhn_softmax_bio_3x152"
+out_dir = "out-search/fhn_softmax_bio_3x148"
 attn_pattern = "fhn,softmax,softmax"
 use_ferope = True
 pos_embedding = "none"
 use_bio_mlp = True
 bio_threshold = 0.0
 n_layer = 3
-n_embd = 152
+n_embd = 148
+n_head = 2
