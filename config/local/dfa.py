@@ -2,3 +2,4 @@
 out_dir = "out-ablation/dfa"
 method = "dfa"
 tie_weights = False
+log_alignment = True

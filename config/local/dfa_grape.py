@@ -3,3 +3,4 @@ out_dir = "out-ablation/dfa_grape"
 method = "dfa"
 fa_grape = True
 tie_weights = False
+log_alignment = True

@@ -3,3 +3,4 @@ out_dir = "out-ablation/dfa_skip"
 method = "dfa"
 dfa_feedback = "skip"
 tie_weights = False
+log_alignment = True

@@ -2,3 +2,4 @@
 out_dir = "out-ablation/fa"
 method = "fa"
 tie_weights = False
+log_alignment = True

@@ -3,3 +3,4 @@ out_dir = "out-ablation/fa_grape"
 method = "fa"
 fa_grape = True
 tie_weights = False
+log_alignment = True

@@ -3,3 +3,4 @@ out_dir = "out-ablation/fa_ortho_he"
 method = "fa"
 fa_init_mode = "ortho_he"
 tie_weights = False
+log_alignment = True

@@ -3,3 +3,4 @@ out_dir = "out-ablation/fa_orthogonal"
 method = "fa"
 fa_init_mode = "orthogonal"
 tie_weights = False
+log_alignment = True

@@ -3,3 +3,4 @@ out_dir = "out-ablation/fa_sparse"
 method = "fa"
 fa_init_mode = "sparse"
 tie_weights = False
+log_alignment = True

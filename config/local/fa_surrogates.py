@@ -4,3 +4,4 @@ method = "fa"
 ste_gelu = True
 ln_mode = "center_scale"
 tie_weights = False
+log_alignment = True

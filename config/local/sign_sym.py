@@ -2,3 +2,4 @@
 out_dir = "out-ablation/sign_sym"
 method = "sign_sym"
 tie_weights = False
+log_alignment = True

@@ -3,3 +3,4 @@ out_dir = "out-ablation/sign_sym_init"
 method = "sign_sym"
 sign_sym_scale = "init"
 tie_weights = False
+log_alignment = True
