@@ -804,15 +804,18 @@ def draw_pictures(cfg, runs):
     """Write docs/img/NAME-PICTURE.png for each picture whose run is there."""
     folder = Path(cfg.docs) / "img"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (rows, draw) in pictures.PICTURES.items():
-        there = [run for row in rows for run in runs if run.row == row and run.is_done]
-        there = [run for run in there if (run.folder / "ckpt.pt").exists()]
-        if not there:
+    there = {run.row: run.folder for run in reversed(runs) if run.is_done and (run.folder / "ckpt.pt").exists()}
+    for name, (rows, draw) in (pictures.PICTURES | pictures.COMPARISONS).items():
+        shown = [row for row in rows if row in there]
+        if name in pictures.PICTURES:
+            shown = shown[:1]
+        if not shown:
             print(f"{name}: skipped, {cfg.out_dir} has no finished run of {' or '.join(rows)} with a checkpoint")
             continue
+        figure = draw(there[shown[0]] if name in pictures.PICTURES else {row: there[row] for row in shown})
         path = folder / f"{cfg.name}-{name}.png"
-        replace_file(path, png(draw(there[0].folder)))
-        print(f"{name}: {path}, from {there[0]}")
+        replace_file(path, png(figure))
+        print(f"{name}: {path}, from {', '.join(str(there[row]) for row in shown)}")
 
 
 def split_words(words):

@@ -1,7 +1,8 @@
 """
 What the ideas look like inside trained models: `python ablate.py --pictures`.
 
-Each picture is a function of a run's folder, with its ckpt.pt and metrics.jsonl, that returns a matplotlib figure.
+Each picture is a function of a run's folder, with its ckpt.pt and metrics.jsonl, or of several {row: folder}, that
+returns a matplotlib figure.
 """
 
 import io
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from configurator import ConfigError
 from data.corpus import load_tokenizer
+from kernels.e7 import SETS, SIMPLE, e7_roots
 from kernels.wavekan import wavelet_bank
 from model import (
     GPT,
@@ -21,8 +23,10 @@ from model import (
     FHNMedium,
     HyperConnections,
     KnotGate,
+    ManifoldProjection,
     OscillatingActivation,
     SDREmbedding,
+    SpectralDecomposition,
     WaveletMap,
     load_checkpoint,
 )
@@ -50,16 +54,18 @@ def png(figure):
 
 
 class Reading:
-    """A trained model that reads the first block of the val split, and what chosen modules put out meanwhile."""
+    """A trained model that reads the first blocks of the val split, and what chosen modules put out meanwhile."""
 
-    def __init__(self, folder, kind):
+    def __init__(self, folder, kind, blocks=1):
         checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
         cfg = TrainConfig(**checkpoint["config"])
         corpus = Corpus(cfg)
         self.model = GPT.from_checkpoint(checkpoint).eval()
-        idx = torch.from_numpy(corpus.splits["val"][: self.model.config.block_size].astype(np.int64))[None]
+        T, text = self.model.config.block_size, corpus.splits["val"]
+        blocks = max(1, min(blocks, len(text) // T))
+        idx = torch.from_numpy(text[: blocks * T].astype(np.int64)).view(blocks, -1)
         tokenizer = load_tokenizer(checkpoint["meta"], corpus.folder)
-        self.words = [tokenizer.decode([token]).replace("\n", "/") for token in idx[0].tolist()]
+        self.words = [tokenizer.decode([token]).replace("\n", "/") for token in idx.flatten().tolist()]
         self.modules, self.outputs = [m for m in self.model.modules() if isinstance(m, kind)], []
         for module in self.modules:
             module.register_forward_hook(lambda module, args, output: self.outputs.append(output))
@@ -191,17 +197,65 @@ def picture_mhc(folder):
     return figure
 
 
-def picture_alignment(folder):
-    """Angle in degrees between each layer's feedback and its weights, transposed, over training."""
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if any(name.startswith("angle/") for name in line)]
-    names = [name for name in lines[-1] if name.startswith("angle/")]
-    figure, axes = pyplot().subplots(figsize=(8, 5), **TIGHT)
-    for name in names:
-        axes.plot([x["iter"] for x in lines], [x[name] for x in lines], lw=0.8, label=name.removeprefix("angle/"))
-    axes.axhline(90, color="black", lw=0.8, ls="--")
-    axes.set(xlabel="step", ylabel="degrees", title="Feedback against weights; 90 is chance")
-    axes.legend(fontsize=6, ncols=2)
+def picture_spectrum(folder, blocks=64):
+    """Mean spectral coordinates of a text's tokens on the first two eigenvectors; colour: signs of the first three."""
+    read = Reading(folder, SpectralDecomposition, blocks)
+    coordinates, tokens = read.outputs[0].flatten(0, 1).float(), read.idx.flatten()
+    words = dict(zip(tokens.tolist(), read.words))
+    figure, axes = pyplot().subplots(figsize=(8, 7), **TIGHT)
+    for token, word in words.items():
+        place = coordinates[tokens == token].mean(0)
+        community = sum(2**i for i, x in enumerate(place[:3].tolist()) if x > 0)
+        axes.plot(*place[:2], ".", color=f"C{community}", alpha=0.3)
+        axes.annotate(word.replace(" ", "space"), place[:2].tolist(), color=f"C{community}", family="monospace")
+    axes.set(xlabel="spectral coordinate 1", ylabel="spectral coordinate 2", title="Communities of tokens")
+    return figure
+
+
+def coxeter_plane():
+    """E7's 126 roots on the plane that its Coxeter element turns by 2 pi / 18, (126, 2)."""
+    simple = torch.tensor(SIMPLE[:7], dtype=torch.float64) / 2
+    turn = torch.eye(8, dtype=torch.float64)
+    for a in simple:
+        turn = turn @ (torch.eye(8, dtype=torch.float64) - torch.outer(a, a))  # a^2 = 2
+    values, vectors = torch.linalg.eig(turn)
+    v = vectors[:, (values.angle() - 2 * torch.pi / 18).abs().argmin()]
+    x = torch.stack((v.real, v.imag), 1)
+    return e7_roots().double() / 2 @ (x / x.norm(dim=0))
+
+
+def picture_coxeter(folder, blocks=16):
+    """E7's roots on the Coxeter plane, each coloured by how far a text's points move along it: mean |coordinate|."""
+    point = Reading(folder, ManifoldProjection, blocks).outputs[0][1].flatten(0, 1).float()
+    used = point[:, 7:].abs().mean(0)  # of the positive roots
+    places, roots = coxeter_plane(), e7_roots()
+    figure, axes = pyplot().subplots(figsize=(8, 7), **TIGHT)
+    near = (roots @ roots.T == 4).triu().nonzero().tolist()  # doubled coordinates: inner product 1, the nearest
+    for i, j in near:
+        axes.plot(*places[[i, j]].T, color="lightgrey", lw=0.25, zorder=0)
+    dots = axes.scatter(*places.T, c=used.repeat(2), cmap="viridis", s=60, edgecolors="black", linewidths=0.5)
+    figure.colorbar(dots, ax=axes, label="mean |coordinate| of the text's points")
+    axes.set_axis_off()
+    axes.set(aspect="equal", title=f"The {len(roots)} roots of E7, {sum(SETS)} coordinates and their negatives")
+    return figure
+
+
+def picture_alignment(folders):
+    """Over training: mean angle between feedback and weights, and mean cosine with backpropagation's gradient."""
+    figure, panels = pyplot().subplots(1, 2, figsize=(12, 4.5), **TIGHT)
+    for row, folder in folders.items():
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        for axes, name in zip(panels, ("angle", "cosine")):
+            points = [(line["iter"], line[name]) for line in lines if name in line]
+            if points:
+                axes.plot(*zip(*points), marker=".", label=f"{row} {points[-1][1]:.2f}")
+    panels[0].axhline(90, color="black", lw=0.8, ls="--")
+    panels[1].axhline(0, color="black", lw=0.8, ls="--")
+    panels[0].set(xlabel="step", ylabel="degrees", title="Feedback against weights, mean over layers; 90 is chance")
+    panels[1].set(xlabel="step", ylabel="cosine", title="Gradients against backpropagation's, mean over layers")
+    for axes in panels:
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
     return figure
 
 
@@ -214,5 +268,10 @@ PICTURES = {
     "wavelets": (("kan",), picture_wavelets),
     "sdr": (("sdr",), picture_sdr),
     "mhc": (("mhc", "mhc_2"), picture_mhc),
-    "alignment": (("fa", "fa_grape", "sign_sym"), picture_alignment),
+    "spectrum": (("manifold_spectral",), picture_spectrum),
+    "coxeter": (("manifold_e7", "manifold_e7_spectral"), picture_coxeter),
+}
+# the same, of all finished rows in one picture
+COMPARISONS = {
+    "alignment": (("fa", "fa_grape", "dfa", "dfa_grape", "sign_sym", "sign_sym_init"), picture_alignment),
 }

@@ -1,0 +1,62 @@
+"""pictures.py: each picture from a tiny trained model, and what can be known of it beforehand."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from test_train import run_here as train_here
+
+import pictures
+
+pytest.importorskip("matplotlib")
+TINY = (
+    "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --max_iters=2 --eval_interval=1 --eval_iters=1 --batch_size=2"
+)
+SMALL_CELLS = ["--anchor_min_gap=4", "--anchor_jitter=2"]
+MORE = {"region_edges": [*SMALL_CELLS, "--region_size=2"], "knots": ["--knot_block=4"], "sdr": ["--sdr_size=256"]}
+
+
+@pytest.fixture
+def train(shakespeare, tmp_path):
+    """train(row) -> the folder of a run of that row's config."""
+
+    def run(row):
+        file = next((ROOT / "config").glob(f"*/{row}.py"))
+        recipe = ROOT / "config/train_shakespeare_char_cpu.py"
+        words = [*TINY.split(), "--eval_full=False", "--log_interval=1", *MORE.get(row, [])]
+        where = [f"--data_dir={shakespeare.parent}", f"--dataset={shakespeare.name}", f"--out_dir={tmp_path / row}"]
+        assert train_here(str(recipe), str(file), *words, *where) == 0
+        return tmp_path / row
+
+    return run
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_pictures(name, train):
+    rows, draw = pictures.PICTURES[name]
+    assert pictures.png(draw(train(rows[0]))).startswith(b"\x89PNG")
+
+
+def test_alignment(train):
+    rows, draw = pictures.COMPARISONS["alignment"]
+    folders = {row: train(row) for row in rows[:3]}
+    figure = draw(folders)
+    last = {row: json.loads(text.read_text().splitlines()[-1]) for row, text in
+            ((row, folder / "metrics.jsonl") for row, folder in folders.items())}  # fmt: skip
+    said = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
+    assert said[1] == [f"{row} {last[row]['cosine']:.2f}" for row in rows[:3]]
+    assert len(said[0]) == 2  # dfa's matrices stand for no layer's weights
+    assert pictures.png(figure).startswith(b"\x89PNG")
+
+
+def test_coxeter_plane():
+    """Seven rings of 18 roots: E7's Coxeter number is 18, and it turns every root with the ring."""
+    places = pictures.coxeter_plane()
+    radii = places.norm(dim=1).sort().values.view(7, 18)
+    assert torch.allclose(radii, radii[:, :1].expand(-1, 18))
+    assert (radii[1:, 0] - radii[:-1, 0] > 1e-3).all()
+    angle = torch.tensor(2 * torch.pi / 18)
+    turn = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]], dtype=torch.float64)
+    distance = torch.cdist(places @ turn.T, places).amin(1)
+    assert distance.max() < 1e-6
