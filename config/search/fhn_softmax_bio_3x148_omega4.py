@@ -1,0 +1,11 @@
+# fhn_softmax_bio_3x148, oscillators of four times the frequency.
+out_dir = "out-search/fhn_softmax_bio_3x148_omega4"
+attn_pattern = "fhn,softmax,softmax"
+use_ferope = True
+pos_embedding = "none"
+use_bio_mlp = True
+bio_threshold = 0.0
+n_layer = 3
+n_embd = 148
+n_head = 2
+bio_omega = 4.0
