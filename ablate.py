@@ -106,7 +106,7 @@ BASELINE = "baseline"
 # name. A row of no family searches for itself.
 FAMILIES = {
     BASELINE: "bp bias gelu_tanh no_positions ramanujan untied htm ste ln fuse gated freeze frozen",
-    "ferope_absolute": "ferope", "block_sparse_1": "block_sparse region", "knots": "", "sigmoid": "", "fhn": "",
+    "ferope_absolute": "ferope", "block_sparse_1": "block_sparse region", "knots": "", "sigmoid": "", "fhn": "linear",
     "kaufmann": "", "kan": "", "bio": "", "mfs": "l4", "mhc": "hc mla", "sdr": "",
     "manifold_sphere": "manifold curriculum", "fa": "", "dfa": "", "sign_sym": "", "mlp_topk": "resid_topk vq subspace",
 }  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -339,3 +340,39 @@ def test_marks_are_kept(tmp_path):
     path.write_text("<!-- a:start -->\n")
     with pytest.raises(ConfigError, match="only one of the marks"):
         ablate.write_between_marks(path, "a", "new")
+
+
+def test_the_page_in_a_browser(recipe, tmp_path, in_process):
+    """It opens from disk, sorts by a click on a header, shows its plots, and the console stays empty."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not (driver := shutil.which("chromedriver")):
+        pytest.skip("no chromedriver; Debian has it: apt-get install chromium chromium-driver")
+    from selenium.webdriver.chrome.service import Service
+
+    out = tmp_path / "out-page"
+    rows = [
+        config(tmp_path, "baseline"),
+        config(tmp_path, "relu2", 'mlp_act = "relu2"\n'),
+        config(tmp_path, "bias", "bias = True\n"),
+    ]
+    assert run_here(*rows, f"--recipe={recipe()}", "--seeds=1", f"--out_dir={out}") == 0
+    assert run_here("--report", f"--recipe={recipe()}", f"--out_dir={out}", f"--docs={tmp_path}") == 0
+    options = webdriver.ChromeOptions()
+    for word in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update",
+                 "disable-sync", "no-first-run", f"user-data-dir={tmp_path / 'browser'}"):  # fmt: skip
+        options.add_argument(f"--{word}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=Service(driver))
+    try:
+        browser.get((tmp_path / "page.html").as_uri())
+        first = "document.querySelectorAll('table')[0]"
+        cells = f"return [...{first}.tBodies[0].rows].map(row => row.cells[0].textContent)"
+        assert sorted(browser.execute_script(cells)) == ["baseline", "bias", "relu2"]
+        for order in (["baseline", "bias", "relu2"], ["relu2", "bias", "baseline"]):
+            browser.execute_script(f"{first}.tHead.rows[0].cells[0].click()")
+            assert browser.execute_script(cells) == order
+        widths = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
+        assert len(widths) == 2 and min(widths) > 300
+        assert browser.get_log("browser") == []
+    finally:
+        browser.quit()

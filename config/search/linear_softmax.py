@@ -1,5 +1,5 @@
-# fhn_softmax_bio with the waves' linear limit.
-out_dir = "out-search/fhn_linear_softmax_bio"
+# Linear waves, the third layer attention with RoPE; oscillators.
+out_dir = "out-search/linear_softmax"
 attn_pattern = "fhn,fhn,softmax,fhn"
 use_ferope = True
 pos_embedding = "none"
