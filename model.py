@@ -17,8 +17,8 @@ each idea has a section, a rule with its equation, cost and source, then the cod
     geometry          Poisson-disk cells, Fe-RoPE, Ramanujan positions, knots
     token mixers      attention (softmax, sigmoid), FitzHugh-Nagumo waves, Kaufmann attention, region feedback
     channel mixers    MLP, SwiGLU, WaveKAN, BioMLP
-    wiring            gated residuals, hyper-connections, layer aggregation
     memory, manifolds SDRs, engram memory, spheres, rotors, E7, spectral coordinates; HTM-style meta-updates
+    wiring            gated residuals, hyper-connections, layer aggregation
     heads             multi-facet softmax, slates, L4 auto-encoder
     learning rules    limits on the stream, direct feedback alignment, GrAPE, what they are measured by
 
