@@ -1,6 +1,7 @@
-# fhn_softmax_bio_3x148, oscillators of four times the frequency.
-out_dir = "out-search/fhn_softmax_bio_3x148_omega4"
+# Linear waves, attention, attention; oscillators of four times the frequency; shallower and wider.
+out_dir = "out-search/linear_3x148_omega4"
 attn_pattern = "fhn,softmax,softmax"
+fhn_dynamics = "linear"
 use_ferope = True
 pos_embedding = "none"
 use_bio_mlp = True
