@@ -369,7 +369,7 @@ def tune(cfg, rows):
 def tuned(runs, rows):
     """
     {row: {"lr", "from", "losses"}}: the learning rate that did best, with seed 0, for the row of its family that was
-    searched: the family's head, or the one with most rates tried. A row is left out where none has two or more.
+    searched: the family's head, or the one with most rates tried; where none has two or more, the baseline.
     """
     tried = {}
     for run in runs:
@@ -378,6 +378,8 @@ def tuned(runs, rows):
     found = {}
     for row in rows:
         alike = [name for name in tried if family(name) == family(row) and len(tried[name]) > 1]
+        if not alike and len(tried.get(BASELINE, ())) > 1:
+            alike = [BASELINE]
         if alike:
             best = max(alike, key=lambda name: (name == family(row), len(tried[name])))
             found[row] = {"lr": min(tried[best], key=tried[best].get), "from": best, "losses": tried[best]}
@@ -608,10 +610,9 @@ def sections(cfg, runs):
         if name == "tuned":
             remark = (
                 "Each row at the learning rate that did best, with seed 0, which is one of the seeds shown, for one "
-                "row of its family: "
+                "row of its family or, where none was searched, for the baseline: "
                 + "; ".join(sorted({searched(found[row]) for row in rows}))
-                + ". *: the edge of what "
-                "was tried."
+                + ". *: the edge of what was tried."
             )
         parts.append((f"Loss, {name}", remark, quality(rows, found if name == "tuned" else None)))
     name, rows = list(columns.items())[-1]
@@ -650,7 +651,7 @@ def report(cfg, runs):
         replace_file(docs / "img" / f"{name}.png", data)
     replace_file(docs / f"{cfg.name}.html", page(cfg, intro, parts, plots, runs, failed).encode())
     link = f"The same, sortable and with every config: [{cfg.name}.html]({cfg.name}.html)."
-    text = [f"## Ablation: {cfg.name}", intro, link]
+    text = [f"## Comparison: {cfg.name}", intro, link]
     for title, remark, table in parts:
         text += [f"### {title}", *([remark] if remark else []), markdown(table)]
     text += [f"![{name}](img/{name}.png)" for name in plots]
