@@ -1,0 +1,13 @@
+# linear_3x148_omega2, each block's output a sum of all so far.
+out_dir = "out-search/linear_3x148_omega2_mla"
+attn_pattern = "fhn,softmax,softmax"
+fhn_dynamics = "linear"
+use_ferope = True
+pos_embedding = "none"
+use_bio_mlp = True
+bio_threshold = 0.0
+n_layer = 3
+n_embd = 148
+n_head = 2
+bio_omega = 2.0
+use_mla = True
