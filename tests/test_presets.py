@@ -68,3 +68,13 @@ def test_sizes(name, monkeypatch):
         assert model.num_params() == count and said == f"{count:,}"
     c = model.config
     assert (size, block) == (f"{c.n_layer} / {c.n_head} / {c.n_embd}", str(c.block_size))
+
+
+def test_chimera_is_the_search_winner():
+    """The preset trains what the measured row trained."""
+    recipe, rate = "config/train_shakespeare_char_cpu.py", "--learning_rate=3e-3"
+    preset, row = (
+        configurator.read([recipe, f"config/{name}.py", rate, "--out_dir=x"], TrainConfig, GPTConfig).values
+        for name in ("presets/chimera", "search/linear_3x148_omega3")
+    )
+    assert preset == row
