@@ -243,12 +243,12 @@ def picture_coxeter(folder, blocks=16):
 def picture_alignment(folders):
     """Over training: mean angle between feedback and weights, and mean cosine with backpropagation's gradient."""
     figure, panels = pyplot().subplots(1, 2, figsize=(12, 4.5), **TIGHT)
-    for row, folder in folders.items():
+    for i, (row, folder) in enumerate(folders.items()):
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         for axes, name in zip(panels, ("angle", "cosine")):
             points = [(line["iter"], line[name]) for line in lines if name in line]
             if points:
-                axes.plot(*zip(*points), marker=".", label=f"{row} {points[-1][1]:.2f}")
+                axes.plot(*zip(*points), marker=".", color=f"C{i}", label=f"{row} {points[-1][1]:.2f}")
     panels[0].axhline(90, color="black", lw=0.8, ls="--")
     panels[1].axhline(0, color="black", lw=0.8, ls="--")
     panels[0].set(xlabel="step", ylabel="degrees", title="Feedback against weights, mean over layers; 90 is chance")
