@@ -653,7 +653,11 @@ def report(cfg, runs):
     link = f"The same, sortable and with every config: [{cfg.name}.html]({cfg.name}.html)."
     text = [f"## Comparison: {cfg.name}", intro, link]
     for title, remark, table in parts:
-        text += [f"### {title}", *([remark] if remark else []), markdown(table)]
+        if title.startswith("Matched parameters"):  # nearly the table before it: the page has it
+            others = [row for row in rows[1] if row not in {cells["row"][0] for cells in table}]
+            table = None
+            remark = f"Within 5 % of the baseline's parameters: all rows but {', '.join(others) or 'none'}."
+        text += [f"### {title}", *([remark] if remark else []), *([markdown(table)] if table else [])]
     text += [f"![{name}](img/{name}.png)" for name in plots]
     text += ["Failed, and in no table: " + "; ".join(failed) + "."] if failed else []
     write_between_marks(docs / "results.md", cfg.name, "\n\n".join(text))
@@ -675,7 +679,7 @@ def write_between_marks(path, name, text):
 # Plots: PNG bytes.
 
 
-def plot_curves(column, rows, named=8):
+def plot_curves(column, rows, named=10):
     """Val loss over tokens, mean over seeds: the baseline and the best rows in colour, the others in grey."""
     figure, axes = pyplot().subplots(figsize=(8, 5), **TIGHT)
     order = sorted(rows, key=lambda row: statistics.fmean(run.loss for run in rows[row]))
@@ -717,12 +721,13 @@ def plot_pareto(column, rows, timings):
     }
     for axes, (label, price) in zip(panels, prices.items()):
         points = {row: (price(row), losses[row]) for row in rows}
-        best = front(points)
-        for row, (x, y) in points.items():
+        best, labels, costs = front(points), [], [x for x, _ in points.values()]
+        for row, (x, y) in sorted(points.items(), key=lambda point: point[1][1]):
             axes.plot(x, y, "o", color="black" if row == BASELINE else "tab:red" if row in best else "lightgrey")
-            if row in best or row == BASELINE:
+            is_free = all(y - above > 0.02 * (max(losses.values()) - min(losses.values())) for above in labels)
+            if row == BASELINE or (row in best and is_free):
                 axes.annotate(row, (x, y), fontsize=8, xytext=(4, 4), textcoords="offset points")
-        costs = [x for x, _ in points.values()]
+                labels.append(y)
         axes.set(xlabel=label, xscale="log" if max(costs) > 5 * min(costs) else "linear")
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("val loss, nats a token")
