@@ -163,7 +163,7 @@ def picture_sdr(folder, words=8):
     with torch.no_grad():
         scores, active, _ = embedding.encoder()
         smooth, _ = embedding.retina(scores, active, embedding.encoder.vectors)
-    figure, panels = pyplot().subplots(2, len(tokens), figsize=(1.8 * len(tokens), 4), squeeze=False, **TIGHT)
+    figure, panels = pyplot().subplots(2, len(tokens), figsize=(1.8 * len(tokens), 2.6), squeeze=False, **TIGHT)
     for column, token in enumerate(tokens):
         for axes, bits in zip(panels[:, column], (active, smooth)):
             axes.imshow(embedding.retina.map(bits[token]), cmap="Greys", interpolation="nearest")
@@ -198,14 +198,14 @@ def picture_mhc(folder):
 
 
 def picture_spectrum(folder, blocks=64):
-    """Mean spectral coordinates of a text's tokens on the first two eigenvectors; colour: signs of the first three."""
+    """Mean spectral coordinates of a text's tokens on the first two eigenvectors; colour: the first three's sides."""
     read = Reading(folder, SpectralDecomposition, blocks)
     coordinates, tokens = read.outputs[0].flatten(0, 1).float(), read.idx.flatten()
-    words = dict(zip(tokens.tolist(), read.words))
+    words, middle = dict(zip(tokens.tolist(), read.words)), coordinates.median(0).values
     figure, axes = pyplot().subplots(figsize=(8, 7), **TIGHT)
     for token, word in words.items():
         place = coordinates[tokens == token].mean(0)
-        community = sum(2**i for i, x in enumerate(place[:3].tolist()) if x > 0)
+        community = sum(2**i for i, x in enumerate((place - middle)[:3].tolist()) if x > 0)
         axes.plot(*place[:2], ".", color=f"C{community}", alpha=0.3)
         axes.annotate(word.replace(" ", "space"), place[:2].tolist(), color=f"C{community}", family="monospace")
     axes.set(xlabel="spectral coordinate 1", ylabel="spectral coordinate 2", title="Communities of tokens")

@@ -7,3 +7,4 @@ use_bio_mlp = True
 bio_threshold = 0.0
 n_layer = 6
 n_embd = 104
+n_head = 4
