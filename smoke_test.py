@@ -197,6 +197,15 @@ VARIANTS = {
     "sdr_many_words": {"use_sdr": True, **SDR, "sdr_size": 128, "tie_weights": False},
     "sdr_encoder_alone": {"use_sdr": True, **SDR, "sdr_radius": 0, "sdr_scales": 0, "sdr_rule": "none"},
     "chimera": {
+        "attn_pattern": "fhn,softmax",
+        "fhn_dynamics": "linear",
+        "use_ferope": True,
+        "pos_embedding": "none",
+        "use_bio_mlp": True,
+        "bio_threshold": 0.0,
+        "bio_omega": 3.0,
+    },
+    "everything": {
         "pos_embedding": "none",
         "use_ferope": True,
         "use_block_sparse": True,
@@ -208,7 +217,7 @@ VARIANTS = {
         **SDR,
         **CELLS,
     },
-    "chimera_waves": {
+    "everything_waves": {
         "attn_pattern": "fhn,kaufmann",
         "use_kan": True,
         "use_mhc": True,

@@ -25,7 +25,7 @@ EAGER_ONLY = {}  # variant: why torch.compile(fullgraph=True) cannot take it
 # variants tested in float64, where a tie has no rounding to break it
 HARD_CHOICES = {"knots", "knots_learned", "knots_and_rings", "kaufmann", "kaufmann_pattern"}
 HARD_CHOICES |= {"bio_events", "bio_adaptive", "bio_dendrites", "topk", "vq_codes", "vq_lattice", "local_all"}
-HARD_CHOICES |= {name for name in VARIANTS if name.startswith(("sdr", "chimera"))}
+HARD_CHOICES |= {name for name in VARIANTS if name.startswith(("sdr", "everything"))}
 # variants whose training two processes repeat in float64: AdamW scales up the rounding of gradients that nearly vanish
 ROUNDING = HARD_CHOICES | {"manifold_spectral", "loss_chunk"}
 STRAY = {"ln_ste"}  # variants whose surrogate error leads nowhere on text: a finding about them, see docs/variants.md
