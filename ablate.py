@@ -330,8 +330,8 @@ def finish(run, status):
 
 def train(cfg, runs):
     """Train those of `runs` that are not finished, cfg.jobs at a time."""
-    waiting, active = [run for run in runs if not run.is_done], {}
-    total, ended = len(waiting), 0
+    unfinished, active = [run for run in runs if not run.is_done], {}
+    waiting, total, ended = list(unfinished), len(unfinished), 0
     print(f"{len(runs)} runs, {len(runs) - total} of them finished before", flush=True)
     try:
         while waiting or active:
@@ -352,7 +352,7 @@ def train(cfg, runs):
             process.terminate()
         for process in active:
             process.wait()
-    for run in runs:
+    for run in unfinished:  # not those of the records, which have no folder
         run.read()
 
 

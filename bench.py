@@ -686,9 +686,8 @@ def recalled(flags, seed, steps, device):
     model = GPT(GPTConfig(**RECALL | flags)).to(device)
     optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.99), device)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 3e-3 * min(
-            1, step / 50, 2 - 2 * step / steps
-        )
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, step / 50, 2 - 2 * step / steps)  # warm-up, flat, down to 0
         texts, targets = (x.to(device) for x in recall_texts(16, generator))
         model(texts, targets)[1].backward()
         optimizer.step()

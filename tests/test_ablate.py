@@ -231,7 +231,8 @@ def test_records_stand_for_runs(recipe, tmp_path, capsys, in_process):
 
     capsys.readouterr()
     assert run_here(*rows, *words, "--seeds=2", f"--out_dir={there}") == 0
-    assert "4 runs, 2 of them finished before" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 runs, 2 of them finished before" in said and "4 of 4 runs finished, 0 failed" in said
     assert sorted(path.parent.name for path in there.glob("*/*/metrics.jsonl")) == ["lr0.001-seed1"] * 2
     rows[1].write_text("bias = True\n")  # another model under the same name: its record says nothing of it
     assert run_here(rows[1], *words, "--seeds=1", f"--out_dir={there}") == 0
