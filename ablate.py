@@ -592,6 +592,8 @@ def describe(cfg, runs):
         f"Recipe `{recipes[0]}`, {steps[0]} steps, {len(done)} finished runs, seeds {', '.join(map(str, seeds))}; "
         f"machine {'; '.join(machines)}, {' or '.join(map(str, jobs))} run(s) at a time; commits "
         + ", ".join(f"{commit} ({n})" for commit, n in commits.most_common()) + ". "
+        f"A run is `python train.py {recipes[0]} CONFIG --learning_rate=LR --seed=SEED --eval_full=True`, its config "
+        "and flags are on the page; several at once: `python ablate.py CONFIG ... --seeds=N --learning_rates=LR`. "
         "Loss: nats a token on the whole val split after the last step, mean ± standard deviation over seeds. "
         "The difference to the baseline of the same column has a 95 % t interval, paired by seed where two or more "
         "seeds are common, else Welch's; \"better\" and \"worse\" say that it leaves out 0, which one comparison in "
