@@ -546,10 +546,15 @@ def median_of(runs, name):
 
 
 def at_the_baselines_time(rows, timings):
-    """Table rows: losses after the time that the baseline trained, and the difference to its end."""
+    """Table rows: losses after the time that the baseline trained, and the difference to its end.
+
+    Where --time measured some rows, the others are left out: their logged speeds may be off by a factor.
+    """
     end = {run.seed: run.loss for run in rows[BASELINE]}
     table = []
     for row, runs in rows.items():
+        if timings and row not in (*timings, BASELINE):
+            continue
         speed = 1.0 if row == BASELINE else speed_of(row, rows, timings)[1]
         steps = speed * runs[0].facts["config"]["max_iters"]
         losses = {run.seed: run.loss_at(steps) for run in runs if speed >= 1 or run.has_curve}
@@ -648,7 +653,9 @@ def report(cfg, runs):
     records = "".join(json.dumps(run.record()) + "\n" for run in find_runs(cfg) if run.is_done)  # of all rows
     replace_file(cfg.records, records.encode())
     timings = read_json(cfg.timings) or {}
-    plots = {f"{cfg.name}-curves": plot_curves(*rows), f"{cfg.name}-pareto": plot_pareto(*rows, timings)}
+    plots = {f"{cfg.name}-pareto": plot_pareto(*rows, timings)}
+    if any(run.has_curve for column in rows[1].values() for run in column):
+        plots = {f"{cfg.name}-curves": plot_curves(*rows)} | plots
     for name, data in plots.items():
         replace_file(docs / "img" / f"{name}.png", data)
     replace_file(docs / f"{cfg.name}.html", page(cfg, intro, parts, plots, runs, failed).encode())

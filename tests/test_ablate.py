@@ -356,8 +356,8 @@ def test_the_page_in_a_browser(recipe, tmp_path, in_process):
         config(tmp_path, "relu2", 'mlp_act = "relu2"\n'),
         config(tmp_path, "bias", "bias = True\n"),
     ]
-    assert run_here(*rows, f"--recipe={recipe()}", "--seeds=1", f"--out_dir={out}") == 0
-    assert run_here("--report", f"--recipe={recipe()}", f"--out_dir={out}", f"--docs={tmp_path}") == 0
+    assert run_here(*rows, f"--recipe={recipe(8)}", "--seeds=1", f"--out_dir={out}") == 0
+    assert run_here("--report", f"--recipe={recipe(8)}", f"--out_dir={out}", f"--docs={tmp_path}") == 0
     options = webdriver.ChromeOptions()
     for word in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update",
                  "disable-sync", "no-first-run", f"user-data-dir={tmp_path / 'browser'}"):  # fmt: skip
