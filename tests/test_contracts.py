@@ -27,7 +27,7 @@ HARD_CHOICES = {"knots", "knots_learned", "knots_and_rings", "kaufmann", "kaufma
 HARD_CHOICES |= {"bio_events", "bio_adaptive", "bio_dendrites", "topk", "vq_codes", "vq_lattice", "local_all"}
 HARD_CHOICES |= {name for name in VARIANTS if name.startswith(("sdr", "everything"))}
 # variants whose training two processes repeat in float64: AdamW scales up the rounding of gradients that nearly vanish
-ROUNDING = HARD_CHOICES | {"manifold_spectral", "loss_chunk"}
+ROUNDING = HARD_CHOICES | {"manifold_spectral", "loss_chunk", "mfs_lowrank"}
 STRAY = {"ln_ste"}  # variants whose surrogate error leads nowhere on text: a finding about them, see docs/variants.md
 KERNEL_SUMS = set()  # variants whose kernels may reorder sums: causal to 1e-6 and not to the last bit
 
