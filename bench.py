@@ -58,7 +58,7 @@ class BenchConfig:
     tokens: int = 512  # of decode: how many to write
     seeds: int = 3  # of recipe and recall: runs of each contender
     max_iters: int = 2000  # of recipe: steps of a run
-    dtype: str = "auto"  # of training steps, where a row's name has none: the number format of our runs
+    dtype: str = "auto"  # number format of our training steps (auto: as train.py's) and of attention (auto: float32)
     device: str = "cpu"  # "auto" | "cpu" | "cuda" | "mps"
     memory: bool = True  # also measure peak memory, in a process for each contender
     plot: bool = False  # of attention: write PNGs to docs/img
@@ -799,10 +799,13 @@ ATTENTIONS = {
 }
 
 
-def attention_run(make, with_backward, T, device):
-    """One pass in float32, forward alone or with the backward."""
+def attention_run(make, with_backward, T, device, dtype=torch.float32):
+    """One pass, forward alone or with the backward; sequences in `dtype`, parameters in float32 under autocast."""
     torch.manual_seed(0)
     mix, inputs, *parameters = make(T, device)
+    inputs = [x.to(dtype) if x.dim() > 2 else x for x in inputs]
+    if dtype != torch.float32:
+        mix = torch.autocast(torch.device(device).type, dtype)(mix)
     return with_gradients(mix, inputs, parameters) if with_backward else quietly(mix, *inputs)
 
 
@@ -815,10 +818,13 @@ def exponent(seconds):
 def bench_attention(cfg, device, sizes):
     """Seconds of each attention at each length, its exponent, and how much faster than dense attention it is."""
     lengths = [int(s) for s in sizes]
+    dtype = torch.float32 if cfg.dtype == "auto" else pick_dtype(cfg.dtype, device)[0]
     seconds, faster = {name: {} for name in ATTENTIONS}, {}
     for T in lengths:
         here = {name: how for name, (*how, longest) in ATTENTIONS.items() if longest >= T}
-        times = interleave({name: attention_run(*how, T, device) for name, how in here.items()}, cfg.repeats, device)
+        times = interleave(
+            {name: attention_run(*how, T, device, dtype) for name, how in here.items()}, cfg.repeats, device
+        )
         for row in speeds(times):
             seconds[row["name"]][T] = row["seconds"]
             if DENSE in here and ATTENTIONS[row["name"]][1]:
@@ -838,7 +844,7 @@ def bench_attention(cfg, device, sizes):
     for name in (DENSE, SPARSE, KNOTS, WAVES) if cfg.memory else ():
         *how, longest = ATTENTIONS[name]
         memory[name] = {
-            T: in_fresh_process(peak_memory, partial(attention_run, *how, T, device), device)
+            T: in_fresh_process(peak_memory, partial(attention_run, *how, T, device, dtype), device)
             for T in lengths
             if 4096 <= T <= longest
         }

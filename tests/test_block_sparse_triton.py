@@ -2,7 +2,8 @@
 The Triton path of block-sparse attention, without a GPU: its numbers under Triton's interpreter, and its machine code.
 
 The interpreter is chosen when the kernels are imported, for the whole process, so groups of checks run in their own:
-this file, as a script, with TRITON_INTERPRET=1 and the names of checks.
+this file, as a script, with TRITON_INTERPRET=1, the device and the names of checks. tests/test_cuda.py runs them on a
+GPU, compiled.
 """
 
 import importlib.util
@@ -30,7 +31,7 @@ def interpreted(check):
 
 @pytest.mark.parametrize("names", ["softmax per_head", "sigmoid low_precision", "corners contracts", "repeats lists"])
 def test_interpreted(cli, names):
-    done = cli("tests/test_block_sparse_triton.py", *names.split(), env={"TRITON_INTERPRET": "1"})
+    done = cli("tests/test_block_sparse_triton.py", "cpu", *names.split(), env={"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
@@ -175,7 +176,7 @@ def lists():
     @given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(0, 2**20), st.sampled_from((4, 8, 16)),
            st.sampled_from((4, 8)), st.booleans(), st.booleans())  # fmt: skip
     def agree(lengths, seed, X, Y, by_key, per_head):
-        C, generator = len(lengths), torch.Generator().manual_seed(seed)
+        C, generator = len(lengths), torch.Generator(torch.get_default_device()).manual_seed(seed)
         allowed = torch.rand(*((1, 2) if per_head else ()), C, C, generator=generator) < 0.7
         route = route_of(lengths, allowed)
         T = route.length
@@ -220,7 +221,9 @@ def test_aot_refuses(cli):
 
 
 if __name__ == "__main__":
+    device, *names = sys.argv[1:]
+    torch.set_default_device(device)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for name in sys.argv[1:]:
+    for name in names:
         CHECKS[name]()

@@ -3,7 +3,8 @@ The Triton paths of the gated scan and of the FitzHugh-Nagumo waves, without a G
 interpreter, the bytes they touch, and their machine code.
 
 The interpreter is chosen when the kernels are imported, for the whole process, so groups of checks run in their own:
-this file, as a script, with TRITON_INTERPRET=1 and the names of checks.
+this file, as a script, with TRITON_INTERPRET=1, the device and the names of checks. tests/test_cuda.py runs them on a
+GPU, compiled.
 """
 
 import importlib.util
@@ -34,7 +35,7 @@ def interpreted(check):
     ["scans scan_contracts", "one_step two_steps", "more_steps", "low_precision limits", "split traffic contracts"],
 )
 def test_interpreted(cli, names):
-    done = cli("tests/test_fhn_triton.py", *names.split(), env={"TRITON_INTERPRET": "1"})
+    done = cli("tests/test_fhn_triton.py", "cpu", *names.split(), env={"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
@@ -266,7 +267,9 @@ def test_compiles_without_spills(cli, words):
 
 
 if __name__ == "__main__":
+    device, *names = sys.argv[1:]
+    torch.set_default_device(device)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for name in sys.argv[1:]:
+    for name in names:
         CHECKS[name]()
