@@ -159,7 +159,9 @@ class Run:
     def record(self):
         """A line for the records: what was asked, what was built, what came out."""
         facts = {"config": {"max_iters": self.facts["config"]["max_iters"]}, "model_args": self.changed_args}
-        facts |= {name: self.facts[name] for name in ("parameters", "git_commit")}
+        facts |= {
+            name: self.facts[name] for name in ("parameters", "git_commit", "device", "dtype") if name in self.facts
+        }
         steps = [{"tokens_per_s": round(self.speed, 1), "memory_mb": self.memory_mb}]
         return {"asked": self.asked, "facts": facts, "evaluations": self.evaluations, "steps": steps}
 

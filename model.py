@@ -2148,7 +2148,8 @@ class SemanticFoldingEncoder(nn.Module):
 class SemanticRetina(nn.Module):
     """The bits on a map, a torus, smoothed over sdr_radius sites and made sparse again: neighbours share meaning.
 
-    Binomial weights; an active bit enters with sigmoid(score).
+    Binomial weights; an active bit enters with sigmoid(score). Sites count 1 to 1.001 by their index: the neighbours of
+    a bit are equals, and which of them win must not depend on the device.
     """
 
     def __init__(self, config):
@@ -2157,6 +2158,7 @@ class SemanticRetina(nn.Module):
         height = next(h for h in range(math.isqrt(config.sdr_size), 0, -1) if config.sdr_size % h == 0)
         self.shape = (height, config.sdr_size // height)
         self.gain = nn.Parameter(torch.ones(()))
+        self.register_buffer("slope", torch.linspace(1, 1.001, config.sdr_size), persistent=False)
 
     def smooth(self, x):
         """x (U, n), averaged over neighbours."""
@@ -2171,7 +2173,7 @@ class SemanticRetina(nn.Module):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # in bfloat16, bits would tie
         sites = torch.zeros_like(scores).scatter(-1, active, scores.detach().sigmoid().gather(-1, active))
         smooth = self.smooth(scores + (sites - scores).detach())  # straight-through, to all bits and their neighbours
-        active = k_winners(smooth.detach(), active.size(-1))
+        active = k_winners(smooth.detach() * self.slope, active.size(-1))
         return active, self.gain * Fold.apply(smooth, active, vectors)
 
     def map(self, active):

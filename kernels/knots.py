@@ -170,7 +170,7 @@ def half_crossings(a, b, C, D, n):
     changes = changes_side(a[1], b[0], D)
     crossed = changes & (changes if a is b else changes_side(b[1], a[0], C)).mT  # (N, n C, n D)
     positive, negative = crossed & (a[2] @ b[4].mT > 0), crossed & (a[3] @ b[4].mT < 0)
-    signs = positive.view(torch.int8) - negative.view(torch.int8)
+    signs = positive.to(torch.int8) - negative.to(torch.int8)
     return (signs.view(-1, n, C, n, D).sum(1, dtype=torch.int8).sum(2, dtype=torch.float32) / 2).round()
 
 

@@ -94,7 +94,7 @@ def test_like_the_cpu(name):
 
 
 COMPILED = (
-    "baseline block_sparse fhn fhn_alternating knots kaufmann bio kan mhc sdr manifold_e7 mfs fa chimera everything"
+    "baseline block_sparse fhn fhn_and_softmax knots kaufmann bio kan mhc sdr manifold_e7 mfs fa chimera everything"
 )
 
 

@@ -206,6 +206,21 @@ def test_retina_prefers_clusters():
     assert torch.allclose(added, torch.full((1, 5), 16 / 4.0))
 
 
+def test_retina_has_no_ties():
+    """Neighbours of a bit are as strong as each other; yet it is never chance, or the device, who wins."""
+    encoder, retina = SemanticFoldingEncoder(config(sdr_size=256)), SemanticRetina(config(sdr_size=256))
+    tied = 0
+    for k in range(2, 20):
+        active = k_winners(encoder.scores.detach(), k)
+        smooth = retina.smooth(SDROperations.dense(active, 256))
+        tied += (smooth.topk(k + 1).values.diff()[:, -1] == 0).sum()
+        strength = (smooth * retina.slope).topk(k + 1)
+        assert strength.values.diff()[:, -1].max() < -1e-8
+        won = retina(encoder.scores.detach(), active, encoder.vectors)[0]
+        assert won.shape == (len(active), k)
+    assert tied > 10  # without the slope
+
+
 def test_retina_gradients_reach_neighbours():
     retina = SemanticRetina(config(sdr_size=256)).double()
     scores = torch.randn(2, 256, generator=seeded(), dtype=torch.float64, requires_grad=True)
