@@ -322,7 +322,8 @@ def block_sparse(
     bias: torch.Tensor | None, row_bias: torch.Tensor | None, scale: float, activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     forward = import_triton().triton_forward if q.is_cuda else torch_forward
-    return forward(q, k, v, starts, allowed, bias, row_bias, scale, activation)
+    with torch.autocast(q.device.type, enabled=False):  # the backward, which runs without, takes the lse at its word
+        return forward(q, k, v, starts, allowed, bias, row_bias, scale, activation)
 
 
 @block_sparse.register_fake
@@ -338,7 +339,8 @@ def block_sparse_backward(
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     backward = import_triton().triton_backward if q.is_cuda else torch_backward
-    return backward(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, scale, activation)
+    with torch.autocast(q.device.type, enabled=False):
+        return backward(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, scale, activation)
 
 
 @block_sparse_backward.register_fake

@@ -113,6 +113,22 @@ def test_half_types(problem, dtype):
         assert (got.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * size
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"activation": "sigmoid"}, {"bias": torch.zeros(1, 2, 5, 5)}])
+def test_autocast_of_the_caller_changes_nothing(kwargs):
+    """The forward runs under bfloat16 autocast and the backward does not: with large scores they must still agree."""
+    route, kwargs = dense_route(40, 5), dict(kwargs)
+    bias = kwargs.pop("bias", None)
+    q, k, v = qkv(1, 2, 40, 16, dtype=torch.bfloat16)
+    inputs = [8 * q, 8 * k, v, bias]
+    plain = both_ways(block_sparse_attention, inputs, route, torch.bfloat16, **kwargs)
+    with torch.autocast("cpu", torch.bfloat16):
+        leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+        out = block_sparse_attention(*leaves, route, bias=bias, **kwargs)
+    gradients = torch.autograd.grad(out, leaves, output_gradient(out.shape).to(out.dtype))
+    for ours, want in zip([out, *gradients], plain):
+        assert torch.equal(ours, want)
+
+
 def test_half_sums_do_not_stall():
     """A key of many small cells: its gradient is summed in float32, where bfloat16 would stop growing."""
     q, k, v = qkv(1, 1, 512, 16, dtype=torch.bfloat16)
