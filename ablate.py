@@ -370,8 +370,8 @@ def tune(cfg, rows):
 
 def tuned(runs, rows):
     """
-    {row: {"lr", "from", "losses"}}: the learning rate that did best, with seed 0, for the row of its family that was
-    searched: the family's head, or the one with most rates tried; where none has two or more, the baseline.
+    {row: learning rate} to train at: what did best, with seed 0, for the row of its family that was searched: the
+    family's head, or the one with most rates tried; where none has two or more, the baseline.
     """
     tried = {}
     for run in runs:
@@ -384,7 +384,26 @@ def tuned(runs, rows):
             alike = [BASELINE]
         if alike:
             best = max(alike, key=lambda name: (name == family(row), len(tried[name])))
-            found[row] = {"lr": min(tried[best], key=tried[best].get), "from": best, "losses": tried[best]}
+            found[row] = min(tried[best], key=tried[best].get)
+    return found
+
+
+def best_rates(runs):
+    """{row: {"lr", "losses"}}: the learning rate with the lowest mean loss, of those with the row's most seeds.
+
+    Empty where no row was trained at more than one.
+    """
+    tried = {}
+    for run in runs:
+        if run.is_done:
+            tried.setdefault(run.row, {}).setdefault(run.lr, []).append(run.loss)
+    if all(len(rates) == 1 for rates in tried.values()):
+        return {}
+    found = {}
+    for row, rates in tried.items():
+        most = max(map(len, rates.values()))
+        losses = {lr: statistics.fmean(each) for lr, each in rates.items() if len(each) == most}
+        found[row] = {"lr": min(losses, key=losses.get), "losses": losses}
     return found
 
 
@@ -393,8 +412,7 @@ def train_rows(cfg, rows):
     wanted = [(row, lr) for row in rows for lr in learning_rates(cfg, cfg.recipes)]
     todo = [prepare(cfg, rows[row], row, lr, seed) for seed in range(cfg.seeds) for row, lr in wanted]
     if cfg.tune:
-        best = [(row, found["lr"]) for row, found in tune(cfg, rows).items()]
-        wanted = list(dict.fromkeys(wanted + best))
+        wanted = list(dict.fromkeys([*wanted, *tune(cfg, rows).items()]))
         todo = [prepare(cfg, rows[row], row, lr, seed) for seed in range(cfg.seeds) for row, lr in wanted]
     train(cfg, todo)
     failed = [run for run in todo if run.failed]
@@ -456,13 +474,13 @@ def mean_std(values):
 
 
 def columns_of(cfg, runs):
-    """{column name: {row: finished runs}}: each learning rate that was asked for, and "tuned" where there is one."""
+    """{column name: {row: finished runs}}: each learning rate that was asked for, and "tuned", each row's best."""
     done = [run for run in runs if run.is_done]
     if not done:
         raise ConfigError(f"{cfg.out_dir}: no finished runs; train some first")
     fixed = learning_rates(cfg, done[0].asked["recipe"])
     wanted = {f"lr {lr:g}": dict.fromkeys((run.row for run in done), lr) for lr in fixed}
-    wanted["tuned"] = {row: found["lr"] for row, found in tuned(runs, wanted[f"lr {fixed[0]:g}"]).items()}
+    wanted["tuned"] = {row: found["lr"] for row, found in best_rates(runs).items()}
     columns = {}
     for run in done:
         for name, lr_of in wanted.items():
@@ -484,7 +502,7 @@ def flops(model_args):
 
 
 def quality(rows, found=None):
-    """Table rows {header: (text, number)} of losses in one column, best first; found: `tuned`'s answer for it."""
+    """Table rows {header: (text, number)} of losses in a column, best first; found: for "tuned", `best_rates`."""
     base = {run.seed: run.loss for run in rows.get(BASELINE, [])}
     table = []
     for row, runs in rows.items():
@@ -503,13 +521,8 @@ def quality(rows, found=None):
 
 
 def edge_mark(found):
-    """* where the best learning rate is the grid's first or last, so that a better one may lie outside."""
+    """* where the best learning rate is the first or last of those compared: a better one may lie outside."""
     return "*" if found["lr"] in (min(found["losses"]), max(found["losses"])) else ""
-
-
-def searched(found):
-    """The row that was searched, and where."""
-    return f"{found['from']} at {', '.join(f'{lr:g}' for lr in sorted(found['losses']))}"
 
 
 def costs(rows, timings):
@@ -593,7 +606,8 @@ def describe(cfg, runs):
         raise ConfigError(f"{cfg.out_dir} holds runs of {recipes} with {steps} steps: give each its own --out_dir")
     commits = Counter((run.facts["git_commit"] or "none")[:7] + "+" * str(run.facts["git_commit"]).endswith("+")
                       for run in done)  # fmt: skip
-    machines = sorted({run.asked["machine"] for run in done})
+    devices = [run.facts.get("device", "cpu") for run in done]
+    machines = sorted({run.asked["machine"] + f", {on}" * (on != "cpu") for run, on in zip(done, devices)})
     jobs, seeds = sorted({run.asked["jobs"] for run in done}), sorted({run.seed for run in done})
     return (
         f"Recipe `{recipes[0]}`, {steps[0]} steps, {len(done)} finished runs, seeds {', '.join(map(str, seeds))}; "
@@ -613,15 +627,15 @@ def sections(cfg, runs):
     columns = columns_of(cfg, runs)
     if not columns:
         raise ConfigError(f"{cfg.out_dir}: nothing at these learning rates; give --learning_rates")
-    found, parts = tuned(runs, columns.get("tuned", ())), []
+    found, parts = best_rates(runs), []
     for name, rows in columns.items():
         remark = ""
         if name == "tuned":
+            searched = {row: sorted(found[row]["losses"]) for row in sorted(rows) if len(found[row]["losses"]) > 1}
             remark = (
-                "Each row at the learning rate that did best, with seed 0, which is one of the seeds shown, for one "
-                "row of its family or, where none was searched, for the baseline: "
-                + "; ".join(sorted({searched(found[row]) for row in rows}))
-                + ". *: the edge of what was tried."
+                "Each row at its best learning rate by mean loss, of those with the row's most seeds. More than one: "
+                + "; ".join(f"{row} {', '.join(f'{lr:g}' for lr in rates)}" for row, rates in searched.items())
+                + ". *: the edge of what was compared."
             )
         parts.append((f"Loss, {name}", remark, quality(rows, found if name == "tuned" else None)))
     name, rows = list(columns.items())[-1]
@@ -667,7 +681,8 @@ def report(cfg, runs):
         if title.startswith("Matched parameters"):  # nearly the table before it: the page has it
             others = [row for row in rows[1] if row not in {cells["row"][0] for cells in table}]
             table = None
-            remark = f"Within 5 % of the baseline's parameters: all rows but {', '.join(others) or 'none'}."
+            but = f" but {', '.join(others)}" if others else ""
+            remark = f"Within 5 % of the baseline's parameters: all rows{but}."
         text += [f"### {title}", *([remark] if remark else []), *([markdown(table)] if table else [])]
     text += [f"![{name}](img/{name}.png)" for name in plots]
     text += ["Failed, and in no table: " + "; ".join(failed) + "."] if failed else []
