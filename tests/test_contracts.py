@@ -173,6 +173,24 @@ def test_compiles(name):
     assert twin.losses.keys() == model.losses.keys()
 
 
+def test_bfloat16_gradients(name):
+    """Under autocast they are float32's, nearly, whether or not the backward runs under it as well."""
+    model, idx = build(VARIANTS[name])
+    model.eval()
+
+    def gradients(forward, backward):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+            loss = model(idx, idx.roll(-1, 1))[1]
+        with torch.autocast("cpu", torch.bfloat16, enabled=backward):
+            loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    exact, outside, inside = gradients(False, False), gradients(True, False), gradients(True, True)
+    assert F.cosine_similarity(exact, outside, dim=0) > 0.98
+    assert (outside - inside).norm() < 0.02 * exact.norm()
+
+
 # 9 ------------------------------------------------------------------------------------------------------------------
 
 
