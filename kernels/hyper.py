@@ -153,7 +153,7 @@ class Mix(torch.autograd.Function):
             x_, dh, dr = x.to(pre.dtype), dh.to(pre.dtype), dr.to(pre.dtype)
             dx = torch.baddbmm(pre[..., None] * dh[:, None], res.mT, dr)
             return dx.to(x.dtype), (x_ @ dh[..., None])[..., 0], dr @ x_.mT
-        dx = (res.mT @ dr).addcmul_(pre[..., None], dh[:, None])
+        dx = (res.mT.contiguous() @ dr).addcmul_(pre[..., None], dh[:, None])  # far entries would go one by one
         dpre = torch.empty_like(pre)
         for s in steps:
             torch.sum(x[s] * dh[s, None], -1, out=dpre[s])
