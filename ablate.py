@@ -705,6 +705,14 @@ def write_between_marks(path, name, text):
 # Plots: PNG bytes.
 
 
+def ceiling(losses):
+    """(the highest loss that a plot shows, a word on how many rows lie above): of many rows the worst tenth is cut."""
+    losses = list(losses)
+    top = float(np.quantile(losses, 0.9, method="higher")) if len(losses) > 20 else max(losses)
+    above = sum(loss > top for loss in losses)
+    return top, f", {above} rows above" if above else ""
+
+
 def plot_curves(column, rows, named=10):
     """Val loss over tokens, mean over seeds: the baseline and the best rows in colour, the others in grey."""
     figure, axes = pyplot().subplots(figsize=(8, 5), **TIGHT)
@@ -719,9 +727,10 @@ def plot_curves(column, rows, named=10):
         if row == BASELINE or row in order[:named]:
             style = {"label": f"{row} {mean[-1]:.3f}", "lw": 1.5} | ({"color": "black"} if row == BASELINE else {})
         axes.plot(tokens, mean, **style)
-    top = max(statistics.fmean(run.loss for run in runs) for runs in rows.values())
+    losses = [statistics.fmean(run.loss for run in runs) for runs in rows.values()]
+    top, _ = ceiling(losses)
     axes.set(xlabel="tokens", ylabel="val loss, nats a token", title=f"Loss, {column}")
-    axes.set_ylim(top=top + 1.0)
+    axes.set_ylim(min(losses) - 0.1, top + 1.0)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=8)
     axes.grid(alpha=0.3)
@@ -738,6 +747,8 @@ def plot_pareto(column, rows, timings):
     """Loss against parameters, FLOPs and time a step; rows on the front are named."""
     figure, panels = pyplot().subplots(1, 3, figsize=(15, 5), **TIGHT, sharey=True)
     losses = {row: statistics.fmean(run.loss for run in runs) for row, runs in rows.items()}
+    top, above = ceiling(losses.values())
+    margin = 0.05 * (top - min(losses.values()) or 1.0)
     prices = {
         "parameters": lambda row: rows[row][0].facts["parameters"],
         "MFLOPs a token": lambda row: mflops(rows[row][0]),
@@ -750,14 +761,15 @@ def plot_pareto(column, rows, timings):
         best, labels, costs = front(points), [], [x for x, _ in points.values()]
         for row, (x, y) in sorted(points.items(), key=lambda point: point[1][1]):
             axes.plot(x, y, "o", color="black" if row == BASELINE else "tab:red" if row in best else "lightgrey")
-            is_free = all(y - above > 0.02 * (max(losses.values()) - min(losses.values())) for above in labels)
+            is_free = y <= top and all(y - other > margin / 2 for other in labels)
             if row == BASELINE or (row in best and is_free):
                 axes.annotate(row, (x, y), fontsize=8, xytext=(4, 4), textcoords="offset points")
                 labels.append(y)
         axes.set(xlabel=label, xscale="log" if max(costs) > 5 * min(costs) else "linear")
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("val loss, nats a token")
-    figure.suptitle(f"Loss against cost, {column}; red: nothing is both cheaper and better")
+    panels[0].set_ylim(min(losses.values()) - margin, top + margin)
+    figure.suptitle(f"Loss against cost, {column}; red: nothing is both cheaper and better{above}")
     return png(figure)
 
 
