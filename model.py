@@ -2158,7 +2158,6 @@ class SemanticRetina(nn.Module):
         height = next(h for h in range(math.isqrt(config.sdr_size), 0, -1) if config.sdr_size % h == 0)
         self.shape = (height, config.sdr_size // height)
         self.gain = nn.Parameter(torch.ones(()))
-        self.register_buffer("slope", torch.linspace(1, 1.001, config.sdr_size), persistent=False)
 
     def smooth(self, x):
         """x (U, n), averaged over neighbours."""
@@ -2173,8 +2172,12 @@ class SemanticRetina(nn.Module):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # in bfloat16, bits would tie
         sites = torch.zeros_like(scores).scatter(-1, active, scores.detach().sigmoid().gather(-1, active))
         smooth = self.smooth(scores + (sites - scores).detach())  # straight-through, to all bits and their neighbours
-        active = k_winners(smooth.detach() * self.slope, active.size(-1))
+        active = k_winners(self.without_ties(smooth.detach()), active.size(-1))
         return active, self.gain * Fold.apply(smooth, active, vectors)
+
+    @staticmethod
+    def without_ties(x):
+        return x * torch.linspace(1, 1.001, x.size(-1), dtype=x.dtype, device=x.device)
 
     def map(self, active):
         """Bits (.., k) on the map, (.., height, width) of zeros and ones: what to draw."""

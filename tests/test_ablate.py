@@ -213,6 +213,40 @@ def test_tuned_column(recipe, tmp_path, in_process):
     assert table_under(text, "Loss, tuned")["bias"]["val loss"].startswith(f"{statistics.fmean(losses):.4f}")
 
 
+class Done:
+    """A finished run as the report sees it."""
+
+    is_done = True
+
+    def __init__(self, row, lr, loss):
+        self.row, self.lr, self.loss = row, lr, loss
+
+
+def test_best_rates_weigh_means_of_equally_many_seeds():
+    runs = [Done("a", 1e-3, 2.0), Done("a", 1e-3, 2.2), Done("a", 3e-3, 1.9), Done("a", 3e-3, 2.1)]
+    runs += [Done("a", 5e-3, 1.5), Done("b", 3e-3, 3.0)]  # one lucky seed at 5e-3 does not count
+    found = ablate.best_rates(runs)
+    assert (found["a"]["lr"], found["b"]["lr"]) == (3e-3, 3e-3)
+    assert found["a"]["losses"] == pytest.approx({1e-3: 2.1, 3e-3: 2.0})
+    assert ablate.best_rates(runs[:2]) == {}
+
+
+def test_plots_of_many_rows_leave_out_the_worst_tenth():
+    assert ablate.ceiling([1.0, 2.0, 37.0]) == (37.0, "")
+    assert ablate.ceiling([*(1 + i / 100 for i in range(27)), 5.0, 6.0, 37.0]) == (5.0, ", 2 rows above")
+
+
+def test_reports_name_the_device(recipe, tmp_path, in_process):
+    out, docs = tmp_path / "out-there", tmp_path / "docs"
+    words = [f"--recipe={recipe()}", f"--out_dir={out}", f"--docs={docs}"]
+    assert run_here(config(tmp_path, "baseline"), "--seeds=1", *words) == 0
+    facts = out / "baseline" / "lr0.001-seed0" / "run.json"
+    facts.write_text(facts.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    assert run_here("--report", *words) == 0
+    assert re.search(r"machine [^;]*, cuda, ", (docs / "results.md").read_text())
+    assert json.loads((docs / "results" / "there.jsonl").read_text())["facts"]["device"] == "cuda"
+
+
 def test_records_stand_for_runs(recipe, tmp_path, capsys, in_process):
     """What is committed is enough for the same report elsewhere, and for training only what is missing."""
     docs, here, there = tmp_path / "docs", tmp_path / "a/out-tiny", tmp_path / "b/out-tiny"
