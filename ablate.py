@@ -538,11 +538,16 @@ def costs(rows, timings):
             "row": (row, row),
             "parameters": (f"{count:,}" + share(count, against[0]), count),
             "MFLOPs a token": (f"{flops:.2f}" + share(flops, against[1]), flops),
-            "speed": speed_of(row, rows, timings),
+            "speed": speed_of(row, rows, timings) if is_timed(row, timings) else ("", None),
             "peak MB": (f"{memory:,.0f}", memory) if memory else ("", None),
             "measured": (", ".join(f"{k} {v:.3f}" for k, v in measured.items()), measured.get("sparsity")),
         })  # fmt: skip
     return sorted(table, key=lambda cells: cells["parameters"][1])
+
+
+def is_timed(row, timings):
+    """Whether a row's speed may be told: where --time measured some, what others logged may be off by a factor."""
+    return not timings or row in (*timings, BASELINE)
 
 
 def speed_of(row, rows, timings):
@@ -561,14 +566,11 @@ def median_of(runs, name):
 
 
 def at_the_baselines_time(rows, timings):
-    """Table rows: losses after the time that the baseline trained, and the difference to its end.
-
-    Where --time measured some rows, the others are left out: their logged speeds may be off by a factor.
-    """
+    """Table rows: losses after the time that the baseline trained, and the difference to its end."""
     end = {run.seed: run.loss for run in rows[BASELINE]}
     table = []
     for row, runs in rows.items():
-        if timings and row not in (*timings, BASELINE):
+        if not is_timed(row, timings):
             continue
         speed = 1.0 if row == BASELINE else speed_of(row, rows, timings)[1]
         steps = speed * runs[0].facts["config"]["max_iters"]
@@ -757,7 +759,8 @@ def plot_pareto(column, rows, timings):
         ),
     }
     for axes, (label, price) in zip(panels, prices.items()):
-        points = {row: (price(row), losses[row]) for row in rows}
+        shown = [row for row in rows if is_timed(row, timings) or "time" not in label]
+        points = {row: (price(row), losses[row]) for row in shown}
         best, labels, costs = front(points), [], [x for x, _ in points.values()]
         for row, (x, y) in sorted(points.items(), key=lambda point: point[1][1]):
             axes.plot(x, y, "o", color="black" if row == BASELINE else "tab:red" if row in best else "lightgrey")
