@@ -231,6 +231,11 @@ def test_best_rates_weigh_means_of_equally_many_seeds():
     assert ablate.best_rates(runs[:2]) == {}
 
 
+def test_speeds_are_measured_or_all_are_logged():
+    assert ablate.is_timed("relu2", {})
+    assert [ablate.is_timed(row, {"relu2": {}}) for row in ("relu2", "baseline", "fhn")] == [True, True, False]
+
+
 def test_plots_of_many_rows_leave_out_the_worst_tenth():
     assert ablate.ceiling([1.0, 2.0, 37.0]) == (37.0, "")
     assert ablate.ceiling([*(1 + i / 100 for i in range(27)), 5.0, 6.0, 37.0]) == (5.0, ", 2 rows above")
