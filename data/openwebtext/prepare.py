@@ -13,10 +13,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
@@ -144,55 +140,80 @@ def skip_done(texts, progress):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenising.
 
-worker = {}  # a worker process's tokenizer
 
-
-def start_worker(name):
-    worker["tokenizer"] = corpus.build_tokenizer(name)
-
-
-def start_process(name):
-    """Start a worker in its own process: Ctrl-C is the parent's business, and a killed parent leaves no orphan."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=follow_parent, daemon=True).start()
-    start_worker(name)
-
-
-def follow_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def encode(batch):
+def encode(tokenizer, batch):
     """[(ids and end-of-text as bytes of the .bin, UTF-8 bytes of the text)] of a list of documents."""
-    tokenizer = worker["tokenizer"]
     dtype = corpus.dtype_for(tokenizer.vocab_size)
     return [(np.array([*tokenizer.encode(t), tokenizer.eot], dtype).tobytes(), len(t.encode())) for t in batch]
 
 
-def encoded(batches, config):
-    """Yield (encoded documents, digest) in order. At most 2 batches a worker are in memory, however slow the disk."""
-    if config.num_proc == 1:
-        start_worker(config.tokenizer)
-        for batch, digest in batches:
-            yield encode(batch), digest
+def serve(connection, name):
+    """A worker process: answers each batch with its encoding, until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    tokenizer = corpus.build_tokenizer(name)
+    try:
+        while True:
+            connection.send(encode(tokenizer, connection.recv()))
+    except (EOFError, OSError):  # the parent has ended, or was killed
         return
-    spawn = multiprocessing.get_context("spawn")  # forking a process that has pyarrow's threads can deadlock
-    pool = ProcessPoolExecutor(config.num_proc, spawn, start_process, (config.tokenizer,))
-    pending = deque()
+
+
+class Workers:
+    """Processes that take turns, each with a pipe of its own and one batch at a time.
+
+    So batches come back in order, neither side ever waits for the other to read, and a worker's death is the end of its
+    pipe: in a pool it can leave half a result in the pipe that all share, and everybody waits.
+    """
+
+    def __init__(self, config):
+        context, self.turn = multiprocessing.get_context("spawn"), 0  # pyarrow has threads: forking could deadlock
+        self.connections, self.processes, self.asked = [], [], [None] * config.num_proc
+        for _ in range(config.num_proc):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, config.tokenizer), daemon=True)
+            process.start()
+            theirs.close()  # now the worker's death ends the pipe
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def exchange(self, batch=None, digest=None):
+        """Hand a batch to the next worker; what it had before, encoded, and its digest, or None."""
+        n, self.turn = self.turn, (self.turn + 1) % len(self.asked)
+        try:
+            done = None if self.asked[n] is None else (self.connections[n].recv(), self.asked[n])
+            self.asked[n] = digest
+            if batch is not None:
+                self.connections[n].send(batch)
+        except (EOFError, OSError) as e:
+            how = "a worker process died (out of memory?); run again to go on, with a lower --num_proc"
+            raise DataError(how) from e
+        return done
+
+    def close(self):
+        for connection, process in zip(self.connections, self.processes):
+            connection.close()
+            process.terminate()
+        for process in self.processes:
+            process.join()
+
+
+def encoded(batches, config):
+    """Yield (encoded documents, digest) in order. A batch a worker is in memory, however slow the disk."""
+    if config.num_proc == 1:
+        tokenizer = corpus.build_tokenizer(config.tokenizer)
+        for batch, digest in batches:
+            yield encode(tokenizer, batch), digest
+        return
+    workers = Workers(config)
     try:
         for batch, digest in batches:
-            pending.append((pool.submit(encode, batch), digest))
-            if len(pending) > 2 * config.num_proc:
-                future, digest = pending.popleft()
-                yield future.result(), digest
-        while pending:
-            future, digest = pending.popleft()
-            yield future.result(), digest
-    except BrokenProcessPool as e:
-        raise DataError("a worker process died (out of memory?); run again to go on, with a lower --num_proc") from e
+            if (done := workers.exchange(batch, digest)) is not None:
+                yield done
+        for _ in range(config.num_proc):
+            if (done := workers.exchange()) is not None:
+                yield done
     finally:
-        pool.shutdown(cancel_futures=True)
+        workers.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
