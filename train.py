@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 import configurator
 from configurator import ROOT, ConfigError
-from data.corpus import DataError, load_meta, load_tokenizer, open_split, replace_file
+from data.corpus import DataError, load_tokenizer, replace_file
+from data.dataset import TRAIN, TRAIN_LOSS, VAL_LOSS, TokenDataset
 from kernels.e7 import STAGES as E7_STAGES
 from model import GPT, CheckpointError, GPTConfig, alignment, load_checkpoint, one_of, save_checkpoint
 
@@ -226,65 +227,6 @@ def peak_flops(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: which windows a step reads is a pure function of (seed, step), so that resuming, accumulating gradients or
-# adding processes never repeats or skips a window.
-
-TRAIN, TRAIN_LOSS, VAL_LOSS = range(3)  # independent streams of random windows
-
-
-class Corpus:
-    """The token files of a data set. DataError for what cannot be trained on."""
-
-    def __init__(self, cfg):
-        self.folder = (Path(cfg.data_dir) if cfg.data_dir else ROOT / "data") / cfg.dataset
-        self.meta = load_meta(self.folder)
-        self.splits = {split: open_split(self.folder, split, self.meta) for split in ("train", "val")}
-        self.seed = cfg.seed
-
-    def check(self, block_size, vocab_size):
-        """Refuse, before any long work, a split shorter than a block or with a token the model does not know."""
-        for split, tokens in self.splits.items():
-            if len(tokens) <= block_size:
-                raise DataError(f"{self.folder}/{split}.bin: {len(tokens)} tokens, too few for block_size={block_size}")
-            self.check_ids(tokens[: 1 << 26], vocab_size)  # every batch is checked again as it is read
-
-    def check_ids(self, tokens, vocab_size):
-        if tokens.max() >= vocab_size:
-            raise DataError(f"{self.folder}: token id {tokens.max()} does not fit vocab_size={vocab_size}; raise it")
-
-    def windows(self, stream, step, count, block_size):
-        """Random window starts, (count,) int64, of one step of one stream."""
-        tokens = self.splits["val" if stream == VAL_LOSS else "train"]
-        return np.random.default_rng((self.seed, stream, step)).integers(0, len(tokens) - block_size, count)
-
-    def batch(self, split, starts, config, device):
-        """Inputs and targets (len(starts), block_size) int64 on `device`, for a model of GPTConfig `config`."""
-        tokens = self.splits[split][starts[:, None] + np.arange(config.block_size + 1)]
-        self.check_ids(tokens, config.vocab_size)
-        tokens = torch.from_numpy(tokens.astype(np.int64))
-        return to_device(tokens[:, :-1], device), to_device(tokens[:, 1:], device)
-
-    def val_windows(self, batch_size, config, device, rank, world_size):
-        """The whole val split in windows that do not overlap, this rank's share of it: pairs as from `batch`.
-
-        All have the same shape: what is beyond the end is padded and its targets are -1.
-        """
-        tokens, T = self.splits["val"], config.block_size
-        for start in range(rank * batch_size * T, len(tokens) - 1, world_size * batch_size * T):
-            piece = tokens[start : start + batch_size * T + 1].astype(np.int64)
-            self.check_ids(piece, config.vocab_size)
-            x, y = np.zeros(batch_size * T, np.int64), np.full(batch_size * T, -1)
-            x[: len(piece) - 1], y[: len(piece) - 1] = piece[:-1], piece[1:]
-            rows = -(-(len(piece) - 1) // T)
-            x, y = (torch.from_numpy(a).view(batch_size, T)[:rows] for a in (x, y))
-            yield to_device(x, device), to_device(y, device)
-
-
-def to_device(x, device):
-    return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else x.to(device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Starting: where weights and settings come from.
 
 
@@ -318,7 +260,7 @@ def agree(settings, model_args, whose):
             raise ConfigError(f"--{name}={settings.values[name]}: {whose} has {name}={model_args[name]}; leave it out")
 
 
-def build_model(settings, checkpoint, corpus):
+def build_model(settings, checkpoint, data):
     """The model to train: from a checkpoint, from scratch or from GPT-2's weights."""
     init_from = settings.values["init_from"]
     dropout = {"dropout": settings.values["dropout"]} if "dropout" in settings.given else {}
@@ -326,8 +268,8 @@ def build_model(settings, checkpoint, corpus):
         agree(settings, asdict(GPTConfig()) | checkpoint["model_args"], "the checkpoint")
         return GPT.from_checkpoint(checkpoint, **dropout)
     if init_from in ("scratch", "auto"):
-        known = "vocab_size" in corpus.meta and "vocab_size" not in settings.given
-        return GPT(settings.build(GPTConfig, **({"vocab_size": corpus.meta["vocab_size"]} if known else {})))
+        known = "vocab_size" in data.meta and "vocab_size" not in settings.given
+        return GPT(settings.build(GPTConfig, **({"vocab_size": data.meta["vocab_size"]} if known else {})))
     try:
         model = GPT.from_pretrained(init_from, **dropout)
         if "block_size" in settings.given:
@@ -387,8 +329,8 @@ class Diverged(ArithmeticError):
 class Trainer:
     """Model, optimiser and position of a run. `step()` trains, `evaluate()` measures, `save()` keeps."""
 
-    def __init__(self, cfg, model, corpus, world, dtype, checkpoint=None):
-        self.cfg, self.corpus, self.world = cfg, corpus, world
+    def __init__(self, cfg, model, data, world, dtype, checkpoint=None):
+        self.cfg, self.data, self.world = cfg, data, world
         self.model = model.to(world.device)
         self.config = model.config
         self.device_type = world.device.split(":")[0]
@@ -442,13 +384,13 @@ class Trainer:
         cfg, B, first = self.cfg, self.cfg.batch_size, self.world.rank * self.micro_steps
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(cfg, self.iter_num)
-        starts = self.corpus.windows(TRAIN, self.iter_num, self.sequences, self.config.block_size)
+        starts = self.data.windows(TRAIN, self.iter_num, self.sequences, self.config.block_size)
         T, dims = curriculum(self.iter_num, self.config.block_size, cfg.curriculum_iters, cfg.curriculum)
         if cfg.curriculum == "e7":
             self.model.manifold.set_active(dims)
         total = 0.0
         for micro in range(self.micro_steps):
-            x, y = self.corpus.batch("train", starts[(first + micro) * B :][:B], self.config, self.world.device)
+            x, y = self.data.batch("train", starts[(first + micro) * B :][:B], self.config, self.world.device)
             if self.ddp is not None:  # gradients are averaged once, in the last backward pass
                 self.ddp.require_backward_grad_sync = micro == self.micro_steps - 1
             with self.autocast:
@@ -487,14 +429,14 @@ class Trainer:
         cfg, B, device = self.cfg, self.cfg.batch_size, self.world.device
 
         def random_batches(split, stream):
-            starts = self.corpus.windows(stream, self.iter_num, cfg.eval_iters * B, self.config.block_size)
+            starts = self.data.windows(stream, self.iter_num, cfg.eval_iters * B, self.config.block_size)
             for i in range(self.world.rank, cfg.eval_iters, self.world.size):
-                yield self.corpus.batch(split, starts[i * B : (i + 1) * B], self.config, device)
+                yield self.data.batch(split, starts[i * B : (i + 1) * B], self.config, device)
 
         losses = {"train_loss": self.mean_loss(random_batches("train", TRAIN_LOSS))}
-        full = self.corpus.val_windows(B, self.config, device, self.world.rank, self.world.size)
+        full = self.data.val_windows(B, self.config, device, self.world.rank, self.world.size)
         losses["val_loss"] = self.mean_loss(full if cfg.eval_full else random_batches("val", VAL_LOSS))
-        meta = self.corpus.meta
+        meta = self.data.meta
         if meta.get("val_bytes"):
             losses["val_bpb"] = losses["val_loss"] * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
         return losses
@@ -510,7 +452,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "model_args": asdict(self.config),
             "config": asdict(self.cfg),
-            "meta": self.corpus.meta,  # what sample.py needs to know of the data
+            "meta": self.data.meta,  # what sample.py needs to know of the data
             "iter_num": self.iter_num,
             "best_val_loss": self.best_val_loss,
             "rng": states,
@@ -524,8 +466,8 @@ class Trainer:
             return {}
         batch = ()
         if self.cfg.log_alignment:
-            starts = self.corpus.windows(VAL_LOSS, 0, self.cfg.batch_size, self.config.block_size)
-            batch = self.corpus.batch("val", starts, self.config, self.world.device)
+            starts = self.data.windows(VAL_LOSS, 0, self.cfg.batch_size, self.config.block_size)
+            batch = self.data.batch("val", starts, self.config, self.world.device)
         return alignment(self.model, *batch)
 
     def evaluate_and_save(self):
@@ -720,17 +662,17 @@ def run(settings):
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(cfg.seed)
-    corpus = Corpus(cfg)
-    model = build_model(settings, checkpoint, corpus)
-    corpus.check(model.config.block_size, model.config.vocab_size)
+    data = TokenDataset(cfg)
+    model = build_model(settings, checkpoint, data)
+    data.check(model.config.block_size, model.config.vocab_size)
     if cfg.log_alignment and model.config.method == "bp":
         raise ConfigError('--log_alignment compares with backpropagation: set a method other than "bp"')
     if cfg.curriculum == "e7" and model.config.manifold != "e7":
         raise ConfigError('--curriculum=e7 frees the coset\'s coordinates: set use_manifold and manifold="e7" too')
-    tokenizer = load_tokenizer(corpus.meta, corpus.folder) if cfg.sample_interval else None
+    tokenizer = load_tokenizer(data.meta, data.folder) if cfg.sample_interval else None
     if world.is_main and not cfg.eval_only:
         prepare_out_dir(cfg, model, is_new=checkpoint is None)
-    trainer = Trainer(cfg, model, corpus, world, dtype, checkpoint)
+    trainer = Trainer(cfg, model, data, world, dtype, checkpoint)
     facts = {
         "config": asdict(cfg), "model_args": asdict(model.config), "git_commit": git_commit(), "device": world.device,
         "dtype": dtype_name(dtype), "processes": world.size, "parameters": model.num_params(),

@@ -9,8 +9,9 @@ from conftest import ROOT
 
 import configurator
 import model as model_module
+from data.dataset import TokenDataset
 from model import GPT, Cells, GPTConfig, SpectralDecomposition
-from train import Corpus, TrainConfig, Trainer, World, build_model
+from train import TrainConfig, Trainer, World, build_model
 
 RECIPE = "config/train_shakespeare_char_cpu.py"
 SIZES = {  # parameters, with 65 characters and with GPT-2's vocabulary
@@ -36,8 +37,8 @@ def test_trains_for_five_steps(config, shakespeare):
     settings = configurator.read(words, TrainConfig, GPTConfig)
     cfg = settings.build(TrainConfig, eval_full=False)
     torch.manual_seed(cfg.seed)
-    corpus = Corpus(cfg)
-    trainer = Trainer(cfg, build_model(settings, None, corpus), corpus, World("cpu", "gloo"), torch.float32)
+    data = TokenDataset(cfg)
+    trainer = Trainer(cfg, build_model(settings, None, data), data, World("cpu", "gloo"), torch.float32)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     losses = [trainer.step()[0].item() for _ in range(cfg.max_iters)]
     assert all(map(math.isfinite, losses)) and math.isfinite(trainer.evaluate()["val_loss"])
