@@ -625,7 +625,7 @@ def test_run_json(shakespeare, tmp_path):
 def test_what_the_terminal_shows(shakespeare, tmp_path, capsys):
     assert run_here(*flags(shakespeare, tmp_path)) == 0
     out = capsys.readouterr().out.splitlines()
-    assert "parameters" in out[0] and "64 tokens a step" in out[0]
+    assert "parameters" in out[0] and "64 tokens per step" in out[0]
     assert out[1].startswith("device cpu (as asked), dtype float32 (as asked)")
     assert sum(x.startswith("iter ") for x in out) == 6 and sum(x.startswith("step ") for x in out) == 3
 
@@ -717,6 +717,10 @@ def test_a_missing_package_is_named(package, shakespeare, tmp_path, monkeypatch,
         ({"eval_interval": 0}, ["eval_interval=0"]),
         ({"learning_rate": "nan"}, ["learning_rate"]),
         ({"learning_rte": 1}, ["learning_rte", "learning_rate"]),
+        ({"beta1": 1}, ["beta1=1.0", "[0, 1)"]),
+        ({"log_alignment": True}, ["--log_alignment", "method", '"bp"']),
+        ({"curriculum": "e7", "curriculum_iters": 7}, ["--curriculum=e7", 'manifold="e7"']),
+        ({"curriculum": "length"}, ["curriculum", "curriculum_iters", "set both or neither"]),
     ],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
 )
