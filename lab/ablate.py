@@ -1,10 +1,10 @@
 """
 Which ideas help? Trains every config with several seeds and learning rates through train.py, and reports.
 
-    python ablate.py config/ablation/*.py --seeds=3 --tune --jobs=2
-    python ablate.py --time      # each row's training step beside the baseline's, taking turns; trains nothing
-    python ablate.py --report    # tables in docs/results.md, plots, a page that opens offline; trains nothing
-    python ablate.py --pictures  # what the ideas look like inside trained models; trains nothing
+    python -m lab.ablate config/ablation/*.py --seeds=3 --tune --jobs=2
+    python -m lab.ablate --time      # each row's training step beside the baseline's, taking turns; trains nothing
+    python -m lab.ablate --report    # tables in docs/results.md, plots, a page that opens offline; trains nothing
+    python -m lab.ablate --pictures  # what the ideas look like inside trained models; trains nothing
 
 A run is OUT_DIR/ROW/lrX-seedY, ROW the config's name; the next call leaves finished runs alone, goes on with stopped
 ones and tries failed ones again. --report keeps what finished runs say in docs/results/NAME.jsonl (OUT_DIR without
@@ -34,13 +34,12 @@ from subprocess import DEVNULL, Popen
 
 import numpy as np
 
-import bench
 import configurator
-import pictures
-from configurator import ROOT, ConfigError
+from configurator import ROOT, ConfigError, check_values
 from data.corpus import replace_file
+from lab import bench, measure, pictures
+from lab.pictures import TIGHT, png, pyplot
 from model import GPT, GPTConfig
-from pictures import TIGHT, png, pyplot
 from train import TrainConfig
 
 
@@ -63,9 +62,7 @@ class AblateConfig:
     docs: str = "docs"  # where --report and --pictures write: results.md, a page named as out_dir, img/, results/
 
     def __post_init__(self):
-        for name in ("seeds", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        check_values(self, {"seeds jobs": "[1, inf)", "max_iters": "[0, inf)"})
         numbers("learning_rates", self.learning_rates)
         if not numbers("grid", self.grid):
             raise ValueError("grid: name at least one learning rate")
@@ -616,7 +613,7 @@ def describe(cfg, runs):
         f"machine {'; '.join(machines)}, {' or '.join(map(str, jobs))} run(s) at a time; commits "
         + ", ".join(f"{commit} ({n})" for commit, n in commits.most_common()) + ". "
         f"A run is `python train.py {recipes[0]} CONFIG --learning_rate=LR --seed=SEED --eval_full=True`, its config "
-        "and flags are on the page; several at once: `python ablate.py CONFIG ... --seeds=N --learning_rates=LR`. "
+        "and flags are on the page; several at once: `python -m lab.ablate CONFIG ... --seeds=N --learning_rates=LR`. "
         "Loss: nats a token on the whole val split after the last step, mean ± standard deviation over seeds. "
         "The difference to the baseline of the same column has a 95 % t interval, paired by seed where two or more "
         "seeds are common, else Welch's; \"better\" and \"worse\" say that it leaves out 0, which one comparison in "
@@ -677,7 +674,7 @@ def report(cfg, runs):
     for name, data in plots.items():
         replace_file(docs / "img" / f"{name}.png", data)
     replace_file(docs / f"{cfg.name}.html", page(cfg, intro, parts, plots, runs, failed).encode())
-    link = f"The same, sortable and with every config: [{cfg.name}.html]({cfg.name}.html)."
+    link = f"The same, sortable and with every config: docs/{cfg.name}.html, which `make report` builds."
     text = [f"## Comparison: {cfg.name}", intro, link]
     for title, remark, table in parts:
         if title.startswith("Matched parameters"):  # nearly the table before it: the page has it
@@ -839,10 +836,10 @@ def time_rows(cfg, runs):
                 name: partial(bench.our_step, first[name].changed_args, first[name].asked["settings"]["batch_size"],
                               "cpu", folder, "auto") for name in (BASELINE, row)
             }  # fmt: skip
-            steps = {name: partial(bench.several, make(), 5) for name, make in both.items()}
-            measured = bench.speeds(bench.interleave(steps, 11, "cpu"))[-1]
+            steps = {name: partial(measure.repeat, make(), 5) for name, make in both.items()}
+            measured = measure.speeds(measure.interleave(steps, 11, "cpu"))[-1]
             found[row] = {k: round(measured[k], 4) for k in ("speed", "low", "high")}
-            found[row]["memory_mb"] = bench.in_fresh_process(bench.peak_memory, both[row], "cpu")
+            found[row]["memory_mb"] = measure.in_fresh_process(measure.peak_memory, both[row], "cpu")
             print(f"{row}: {found[row]['speed']:.2f}x, {found[row]['memory_mb']} MB", flush=True)
             replace_file(cfg.timings, (json.dumps(found, indent=1) + "\n").encode())
 
@@ -872,7 +869,7 @@ def split_words(words):
 
 
 def main(argv=None):
-    with configurator.one_line_errors("ablate.py", OSError):
+    with configurator.one_line_errors("lab.ablate", OSError):
         files, words = split_words(sys.argv[1:] if argv is None else argv)
         cfg = configurator.read(words or ([] if files else ["--help"]), AblateConfig, doc=__doc__).build(AblateConfig)
         rows = find_rows(files)
