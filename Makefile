@@ -14,7 +14,7 @@ ifneq ($(wildcard ../shared/data/tiktoken_cache),)
 export TIKTOKEN_CACHE_DIR ?= $(CURDIR)/../shared/data/tiktoken_cache
 endif
 
-.PHONY: help demo test lint report clean
+.PHONY: help demo test lint report readme clean
 
 help:  ## list these commands (the default)
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ report: $(VENV)/.dev  ## comparisons in docs/results.md, plots and pages docs/*.
 	$(REPORT) --out_dir=out-local
 	$(REPORT) --out_dir=out-ablation-512 --learning_rates=3e-3
 	$(REPORT) --out_dir=out-char
+
+readme: $(VENV)/.core  ## the excerpts of --help in README.md, as the scripts print them
+	$(BIN)/python -m lab.readme
 
 clean:  ## remove .venv and caches; data and runs stay
 	rm -rf $(VENV) *.egg-info build .pytest_cache .ruff_cache .hypothesis

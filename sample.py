@@ -96,7 +96,7 @@ def cut(text, stops):
 
 
 def grow(model, tokenizer, idx, cfg):
-    """Yield the texts so far, one a row of idx (B, T), after every token, until all ended or max_new_tokens.
+    """Yield the texts so far, one per row of idx (B, T), after every token, until all ended or max_new_tokens.
 
     A text ends before its first stop string, or at the tokenizer's end-of-text token.
     """

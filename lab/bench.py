@@ -561,7 +561,7 @@ KERNELS = {family: partial(bench_kernels, family) for family in ("scan", "fhn", 
 class Bench:
     run: Callable  # (chosen parts, rows, cfg, device) -> results
     parts: list  # what runs by default
-    rows: list | None = None  # of its tables; config files on the command line are added. None: it takes none
+    rows: list | None = None  # for its tables; config files on the command line are added. None: it takes none
 
 
 def each(parts):

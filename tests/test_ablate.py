@@ -157,13 +157,13 @@ def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process, monkeypatch
     half = 12.706 * abs(gaps[0] - gaps[1]) / 2  # stdev = |difference| / sqrt 2, over sqrt 2
     assert table["relu2"]["to baseline"] == f"{sum(gaps) / 2:+.4f} ± {half:.4f}"
     bits = statistics.fmean(loss["baseline"]) / math.log(2)
-    assert math.isclose(float(table["baseline"]["bits a byte"]), bits, abs_tol=6e-5)  # a character is a byte
+    assert math.isclose(float(table["baseline"]["bits per byte"]), bits, abs_tol=6e-5)  # a character is a byte
     cost = table_under(text, "Cost")
     # a block of width 16: 12 16^2 weights and two norms, the last norm, the embedding; the position table is left out
     vocabulary = runs[0].facts["model_args"]["vocab_size"]
     assert cost["baseline"]["parameters"] == f"{12 * 256 + 3 * 16 + vocabulary * 16:,} (1.00x)"
     flops = 3 * (2 * (12 * 256 + vocabulary * 16) + 4 * 16 * 17 / 2)
-    assert cost["baseline"]["MFLOPs a token"] == f"{flops / 1e6:.2f} (1.00x)"
+    assert cost["baseline"]["MFLOPs per token"] == f"{flops / 1e6:.2f} (1.00x)"
     assert table_under(text, "Matched time, lr 0.001")["baseline"]["steps done by then"] == "100%"
     assert cost["relu2"]["speed"].startswith("~") and cost["relu2"]["peak MB"] == ""
 
