@@ -93,7 +93,7 @@ def test_two_processes_equal_one(together, shakespeare, alone, tmp_path):
     stdout = together(*flags(shakespeare, tmp_path, **FOUR))
     assert len(losses(tmp_path)) == 6
     assert_close(tmp_path, alone)
-    assert "2 process(es)" in stdout and "256 tokens a step" in stdout
+    assert "2 process(es)" in stdout and "256 tokens per step" in stdout
     assert stdout.count("iter 5:") == stdout.count("step 6:") == stdout.count("parameters") == 1  # one rank speaks
     names = {"ckpt.pt", "ckpt_last.pt", "metrics.jsonl", "run.json"}
     assert {p.name for p in tmp_path.iterdir()} == names
