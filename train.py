@@ -355,6 +355,8 @@ class Trainer:
         torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks, weights do not
         if checkpoint is not None:
             self.restore(checkpoint)
+        if cfg.curriculum == "e7":
+            self.set_stage(max(self.iter_num - 1, 0))  # the stage of the last step
         compiles = self.device_type == "cuda" if cfg.compile is None else cfg.compile
         self.forward = torch.compile(model) if compiles else model
         self.ddp = None
@@ -381,15 +383,24 @@ class Trainer:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
             raise CheckpointError(f"the checkpoint can write text but not be resumed: {type(e).__name__} {e}") from e
 
+    def set_stage(self, step):
+        """Put the model into the curriculum's stage of a step; ConfigError if it has no stages."""
+        stage = curriculum(step, self.config.block_size, self.cfg.curriculum_iters, self.cfg.curriculum)[1]
+        try:
+            self.model.set_stage(stage)
+        except ValueError:
+            needs = 'set use_manifold and manifold="e7" too'
+            raise ConfigError(f"--curriculum=e7 frees the coset's coordinates: {needs}") from None
+
     def step(self):
         """One optimiser step; returns this process's mean loss and the gradient norm, 0-d tensors on the device."""
         cfg, B, first = self.cfg, self.cfg.batch_size, self.world.rank * self.micro_steps
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(cfg, self.iter_num)
         starts = self.data.windows(TRAIN, self.iter_num, self.sequences, self.config.block_size)
-        T, stage = curriculum(self.iter_num, self.config.block_size, cfg.curriculum_iters, cfg.curriculum)
+        T, _ = curriculum(self.iter_num, self.config.block_size, cfg.curriculum_iters, cfg.curriculum)
         if cfg.curriculum == "e7":
-            self.model.set_stage(stage)
+            self.set_stage(self.iter_num)
         total = 0.0
         for micro in range(self.micro_steps):
             x, y = self.data.batch("train", starts[(first + micro) * B :][:B], self.config, self.world.device)
@@ -668,11 +679,12 @@ def run(settings):
     data = TokenDataset(cfg)
     model = build_model(settings, checkpoint, data)
     data.check(model.config.block_size, model.config.vocab_size)
-    check_model(cfg, model, data, checkpoint["iter_num"] if checkpoint else 0)
+    if cfg.log_alignment and not model.alignment(*data.batch("val", np.zeros(1, np.int64), model.config, "cpu")):
+        raise ConfigError('--log_alignment compares with backpropagation: set a method other than "bp"')
     tokenizer = load_tokenizer(data.meta, data.folder) if cfg.sample_interval else None
+    trainer = Trainer(cfg, model, data, world, dtype, checkpoint)
     if world.is_main and not cfg.eval_only:
         prepare_out_dir(cfg, model, is_new=checkpoint is None)
-    trainer = Trainer(cfg, model, data, world, dtype, checkpoint)
     if world.is_main:
         print(
             f"{model.num_params() / 1e6:.2f}M parameters, {trainer.tokens_per_step:,} tokens per step, "
@@ -696,20 +708,6 @@ def check_packages(cfg):
     for wanted, package in ((cfg.tensorboard_log, "tensorboard"), (cfg.wandb_log, "wandb")):
         if wanted and importlib.util.find_spec(package) is None:
             raise ConfigError(f"--{package}_log needs the package {package}: pip install {package}")
-
-
-def check_model(cfg, model, data, iteration):
-    """Refuse, before any long work, settings that need something which the model does not have."""
-    if cfg.log_alignment and not model.alignment(*data.batch("val", np.zeros(1, np.int64), model.config, "cpu")):
-        raise ConfigError('--log_alignment compares with backpropagation: set a method other than "bp"')
-    if cfg.curriculum == "e7":
-        last = max(iteration - 1, 0)  # the stage that a resumed model is in
-        try:
-            model.set_stage(curriculum(last, model.config.block_size, cfg.curriculum_iters, cfg.curriculum)[1])
-        except ValueError:
-            raise ConfigError(
-                '--curriculum=e7 frees the coset\'s coordinates: set use_manifold and manifold="e7" too'
-            ) from None
 
 
 def facts_of(trainer, dtype):

@@ -23,6 +23,7 @@ from test_train import ROOT, flags, history, losses, run_here, same, wait_for
 
 import sample
 import train
+from data.corpus import load_meta
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint, save_checkpoint
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=11)
@@ -555,7 +556,7 @@ def test_nanogpts_checkpoint_loads_strictly(compiled, bias, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_nanogpts_run_goes_on(dtype, shakespeare, tmp_path):
-    vocab_size = train.load_meta(shakespeare)["vocab_size"]
+    vocab_size = load_meta(shakespeare)["vocab_size"]
     _, checkpoint = nanogpt_checkpoint(vocab_size)
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     words = flags(shakespeare, tmp_path, init_from="resume", max_iters=12, dtype=dtype, always_save_checkpoint=True)
@@ -570,7 +571,7 @@ def test_nanogpts_run_goes_on(dtype, shakespeare, tmp_path):
 
 
 def test_nanogpts_run_cannot_change_its_shape(shakespeare, tmp_path, capsys):
-    _, checkpoint = nanogpt_checkpoint(train.load_meta(shakespeare)["vocab_size"])
+    _, checkpoint = nanogpt_checkpoint(load_meta(shakespeare)["vocab_size"])
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     words = flags(shakespeare, tmp_path, init_from="resume", n_layer=3)
     assert "--n_layer=3" in exit_line("train.py", capsys, *words)

@@ -178,5 +178,5 @@ def test_micro_steps_that_cannot_be_shared_out_are_refused(start, shakespeare, t
 def test_a_mistake_ends_all_processes(start, shakespeare, tmp_path):
     """Only the main process looks at out_dir; the other one must not wait for it."""
     (tmp_path / "file").write_text("mine")
-    status, _, stderr = finish(start(*flags(shakespeare, tmp_path / "file")))
+    status, _, stderr = finish(start(*flags(shakespeare, tmp_path / "file", gradient_accumulation_steps=2)))
     assert status != 0 and "cannot be written" in stderr
