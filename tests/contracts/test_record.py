@@ -1,28 +1,25 @@
 """
-No row changes by accident: state-dict keys, their shapes and order, the order of the parameters (the optimiser's state is
-by number), and the loss and gradient norm of one seeded training step are those of record.json.
+No row changes by accident: state-dict keys, their shapes and order, the order of the parameters (the optimiser's state
+is numbered by it), and the loss and gradient norm of one seeded training step are those of record.json.
 
-    python tests/contracts/test_record.py  # write the record again, after a change that was meant
+    PYTHONPATH=. python tests/contracts/test_record.py  # write the record again, after a change that was meant
 
-In float64, so that the numbers are the same on every CPU up to the sums' order.
+Computed in float64, so that the numbers are the same on every CPU, up to the order of sums.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-RECORD = Path(__file__).with_name("record.json")
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from smoke_test import VARIANTS, build
+
+RECORD = Path(__file__).with_name("record.json")
 
 
 def recorded(name):
-    """What the record says of a row: structure, and numbers before and after one optimiser step."""
+    """What the record says of a row: structure, and numbers before one optimiser step, and the loss after it."""
     model, idx = build(VARIANTS[name])
     found = {
         "state": {key: [str(t.dtype).removeprefix("torch."), *t.shape] for key, t in model.state_dict().items()},
@@ -49,7 +46,10 @@ def test_row_is_as_recorded(name):
     now = recorded(name)
     assert list(now["state"].items()) == list(was["state"].items())  # the order too
     assert now["parameters"] == was["parameters"]
-    assert now["numbers"] == pytest.approx(was["numbers"], rel=1e-6)
+    now, was = now["numbers"], was["numbers"]
+    # AdamW's first step is the gradient's sign, which rounding decides where parts of a row stay in float32
+    assert now.pop("after") == pytest.approx(was.pop("after"), rel=1e-4)
+    assert now == pytest.approx(was, rel=1e-6)
 
 
 def test_the_record_has_no_other_rows():
