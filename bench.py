@@ -41,11 +41,12 @@ from torch.nn import functional as F
 import configurator
 from configurator import ROOT, ConfigError
 from data.corpus import DataError
+from data.dataset import TokenDataset
 from kernels.block_sparse import Route, block_sparse_attention
 from kernels.fhn import fhn_propagate
 from kernels.wavekan import edges_reference, wavelet_edges
 from model import FHN, GPT, Cells, DecodingState, FHNMedium, GPTConfig, KnotGate, SparseEventLayer, build_pd_anchors_1d
-from train import Corpus, TrainConfig, Trainer, World, dtype_name, memory_mb, pick_device, pick_dtype
+from train import TrainConfig, Trainer, World, dtype_name, memory_mb, pick_device, pick_dtype
 
 
 @dataclass
@@ -260,7 +261,7 @@ def trainer_step(model, batch, device, folder, dtype, compiles=False):
         dataset="", data_dir=str(folder), batch_size=batch, gradient_accumulation_steps=1, learning_rate=1e-3,
         warmup_iters=100, beta2=0.99, compile=compiles,
     )  # fmt: skip
-    trainer = Trainer(cfg, model, Corpus(cfg), World(device, "auto"), pick_dtype(dtype, device)[0])
+    trainer = Trainer(cfg, model, TokenDataset(cfg), World(device, "auto"), pick_dtype(dtype, device)[0])
     return lambda: trainer.step()[0].item()
 
 
@@ -626,15 +627,15 @@ def bench_recipe(cfg, device):
         words = ["config/train_shakespeare_char_cpu.py", f"--seed={seed}", f"--max_iters={cfg.max_iters}"]
         settings = configurator.read(words, TrainConfig, GPTConfig)
         train_cfg = settings.build(TrainConfig)
-        corpus = Corpus(train_cfg)
+        data = TokenDataset(train_cfg)
         torch.manual_seed(seed)
-        flags = {k: settings.values[k] for k in SIZE_FLAGS} | {"vocab_size": corpus.meta["vocab_size"]}
-        step, plain = plain_step(flags, train_cfg.batch_size, device, corpus.folder, cfg.max_iters)
+        flags = {k: settings.values[k] for k in SIZE_FLAGS} | {"vocab_size": data.meta["vocab_size"]}
+        step, plain = plain_step(flags, train_cfg.batch_size, device, data.folder, cfg.max_iters)
         several(step, cfg.max_iters)
-        rows[REFERENCE].append(plain_val_loss(plain, corpus.splits["val"]))
+        rows[REFERENCE].append(plain_val_loss(plain, data.splits["val"]))
         torch.manual_seed(seed)
         dtype = pick_dtype(cfg.dtype, device)[0]
-        trainer = Trainer(train_cfg, GPT(GPTConfig(**flags)), corpus, World(device, "auto"), dtype)
+        trainer = Trainer(train_cfg, GPT(GPTConfig(**flags)), data, World(device, "auto"), dtype)
         several(trainer.step, cfg.max_iters)
         rows["ours"].append(trainer.evaluate()["val_loss"])
         print(f"seed {seed}: " + ", ".join(f"{name} {losses[-1]:.4f}" for name, losses in rows.items()), flush=True)

@@ -6,7 +6,9 @@ A script's keys are the fields of ordinary dataclasses, each written on one line
     learning_rate: float = 6e-4  # peak learning rate
 
 and that line is everything: the name, the type, the default and the help. A comment rule such as `# -- optimiser ----`
-starts a group in `--help`. Nothing is declared a second time.
+starts a group in `--help`. Nothing is declared a second time. A fixed choice is a `Literal["a", "b"]`, which `--help`
+prints too; a class that calls `check_values` in its `__post_init__` refuses other values, other types, and numbers
+outside of the intervals that it names.
 
     python train.py config/a.py config/b.py --learning_rate=1e-3 --compile --no-bias --max_iters 500
 
@@ -24,6 +26,7 @@ import types
 import typing
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -38,7 +41,102 @@ SCOPES += (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 class ConfigError(ValueError):
-    """A user's mistake, told in one line."""
+    """A user's mistake, explained in one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values: their types, choices and intervals.
+
+
+@cache
+def bounds(interval):
+    """(low, high) of "[0, 2^32)": a bound is a number, inf, or a power of a number."""
+    return tuple(
+        float(base) ** float(power or 1) for base, _, power in (b.partition("^") for b in interval[1:-1].split(","))
+    )
+
+
+def inside(value, interval):
+    """Whether `value` is in the interval: [ and ] include a bound, ( and ) exclude it; nan is in none."""
+    low, high = bounds(interval)
+    is_above = value >= low if interval[0] == "[" else value > low
+    is_below = value <= high if interval[-1] == "]" else value < high
+    return bool(is_above and is_below)
+
+
+def kinds_of(hint):
+    """The types that a type hint accepts, e.g. (int, NoneType) for `int | None`; a Literal counts as one."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def choices_of(kinds):
+    """The values of the Literal among the types; () if there is none."""
+    return next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is typing.Literal), ())
+
+
+def is_tuple(kinds):
+    return any(kind is tuple or typing.get_origin(kind) is tuple for kind in kinds)
+
+
+def convert(value, kinds):
+    """`value` as one of the types, converted where nothing is lost: 2 to 2.0, 2.0 to 2, list to tuple. Or TypeError.
+
+    Any str may be a choice here: `check_values` compares it with the Literal.
+    """
+    if is_tuple(kinds):
+        if isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise TypeError
+    if type(value) in kinds or (type(value) is str and choices_of(kinds)):
+        return value
+    if type(value) is int and float in kinds and abs(value) <= 2**53:  # beyond it, floats skip integers
+        return float(value)
+    if type(value) is float and int in kinds and value.is_integer():
+        return int(value)
+    raise TypeError
+
+
+@cache
+def hints_of(cls):
+    """{field: type hint} of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def check_values(config, ranges):
+    """ValueError for the first field of a dataclass that holds another type, choice or number than it should.
+
+    ranges: {"names of fields": interval}; None is in every interval of an optional field. Scalars of NumPy and PyTorch
+    become Python's own, so that a checkpoint holds plain values.
+    """
+    intervals = {name: interval for names, interval in ranges.items() for name in names.split()}
+    assert intervals.keys() <= hints_of(type(config)).keys(), "an interval for a field that does not exist"
+    for name, hint in hints_of(type(config)).items():
+        setattr(config, name, checked(name, getattr(config, name), kinds_of(hint), intervals.get(name)))
+
+
+def checked(name, value, kinds, interval):
+    """`value` as the field `name` holds it; ValueError if neither its type in `kinds` nor its interval allows it."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    choices = choices_of(kinds)
+    is_none = value is None and type(None) in kinds
+    if choices and not is_none and not (type(value) is str and value in choices):
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choice or repr(choice) for choice in choices)}")
+    try:
+        value = convert(value, kinds)
+    except TypeError:
+        names = [kind.__name__ + (f" in {interval}" if interval else "") for kind in kinds if kind is not type(None)]
+        expected = " or ".join(names + ["None"] * (type(None) in kinds))
+        raise ValueError(f"{name}={value!r}: expected {expected}") from None
+    if interval and not is_none and not inside(value, interval):
+        raise ValueError(f"{name}={value!r}: must be in {interval}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys: what a dataclass declares.
 
 
 @dataclass
@@ -53,19 +151,24 @@ class Key:
 
     @property
     def kinds(self):
-        """The accepted types, e.g. (int, NoneType) for `int | None`."""
-        union = typing.get_origin(self.type) in (typing.Union, types.UnionType)
-        return typing.get_args(self.type) if union else (self.type,)
+        return kinds_of(self.type)
 
     @property
     def is_tuple(self):
-        return self.type is tuple or typing.get_origin(self.type) is tuple
+        return is_tuple(self.kinds)
 
     @property
     def type_name(self):
         if self.is_tuple:
             return "str, may be repeated"
-        return " or ".join("None" if k is type(None) else k.__name__ for k in self.kinds)
+        names = {kind: "None" if kind is type(None) else kind.__name__ for kind in self.kinds}
+        return " or ".join("str" if typing.get_origin(kind) is typing.Literal else name for kind, name in names.items())
+
+    @property
+    def help(self):
+        """Choices, and what the key means."""
+        choices = " | ".join(f'"{choice}"' for choice in choices_of(self.kinds))
+        return f"{choices}: {self.meaning}" if choices else self.meaning
 
     def refuse(self, value, where=""):
         return ConfigError(f"{where}--{self.name}={value}: expected {self.type_name}")
@@ -80,7 +183,7 @@ class Key:
             if text.lower() not in BOOLS:
                 raise self.refuse(text)
             return BOOLS[text.lower()]
-        if str in self.kinds:
+        if str in self.kinds or choices_of(self.kinds):
             return text
         try:
             return self.check(int(text) if int in self.kinds and not set(text) & set(".eE") else float(text))
@@ -88,16 +191,11 @@ class Key:
             raise self.refuse(text) from None
 
     def check(self, value, where=""):
-        """`value` from a config file, int and float converted where nothing is lost; ConfigError for another type."""
-        if self.is_tuple and isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-        if type(value) in self.kinds and not self.is_tuple:
-            return value
-        if type(value) is int and float in self.kinds and abs(value) <= 2**53:  # beyond it, floats skip integers
-            return float(value)
-        if type(value) is float and int in self.kinds and value.is_integer():
-            return int(value)
-        raise self.refuse(repr(value), where)
+        """`value` from a config file, converted as `convert` does; ConfigError for another type."""
+        try:
+            return convert(value, self.kinds)
+        except TypeError:
+            raise self.refuse(repr(value), where) from None
 
 
 def keys_of(*classes):
@@ -110,11 +208,14 @@ def keys_of(*classes):
                 group = rule[1]
             elif field := FIELD.match(line):
                 meaning[field[1]], group_of[field[1]] = field[2], group
-        hints = typing.get_type_hints(cls)
         for f in fields(cls):
             assert f.name not in keys and f.name in meaning, f"{f.name}: declared twice, or without its comment"
-            keys[f.name] = Key(f.name, hints[f.name], f.default, meaning[f.name], group_of[f.name])
+            keys[f.name] = Key(f.name, hints_of(cls)[f.name], f.default, meaning[f.name], group_of[f.name])
     return keys
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config files and the command line.
 
 
 def find_key(keys, name, where):
@@ -135,7 +236,7 @@ def assigned(node):
 
 
 def run_file(path, keys, values):
-    """Run a config file. What it assigns at module level becomes `values`, but for names that start with `_`.
+    """Run a config file. What it assigns at module level becomes `values`, except names that start with `_`.
 
     The file sees every key's value so far, so `min_lr = learning_rate / 10` works. Relative paths are looked up in the
     working directory, then beside this file.
@@ -156,7 +257,7 @@ def run_file(path, keys, values):
 
 @dataclass
 class Settings:
-    """What the user asked for: `values` of every key, and the names `given` explicitly (in a file or a flag)."""
+    """The values of all keys, and the names that the user gave explicitly (in a file or by a flag)."""
 
     keys: dict
     values: dict
@@ -171,58 +272,72 @@ class Settings:
             raise ConfigError(str(e)) from e
 
 
-def read(argv, *classes, doc="", aliases=None):
-    """Settings from command-line words.
+def config_file(word):
+    """`word`, which is no flag, if it may name a config file; else ConfigError."""
+    if word.startswith("-") and word != "-":
+        raise ConfigError(f"{word}: flags are written --key=value")
+    if not word.endswith(".py"):
+        raise ConfigError(f"{word}: expected a config file ending in .py, or --key=value")
+    return word
 
-    `aliases` maps a flag's name to a function of its value that returns {key: value}, for names other tools taught.
-    `--help` and `--print_config` print and exit 0. Raises ConfigError for anything a user got wrong.
+
+def is_negation(name, keys):
+    """Whether --no_KEY switches a bool off."""
+    positive = keys.get(name.removeprefix("no_"))
+    return name not in keys and name.startswith("no_") and positive is not None and bool in positive.kinds
+
+
+def next_value(name, key, words):
+    """The text of --key without "=": the next word, removed from `words`, or "true" for a bool on its own.
+
+    key: None for --config and for aliases.
     """
-    keys, aliases = keys_of(*classes), aliases or {}
-    files, flags, show = [], {}, None
-    words = list(argv)
+    is_flag = key is not None and bool in key.kinds
+    if words and (words[0].lower() in BOOLS if is_flag else not words[0].startswith("--")):
+        return words.pop(0)
+    if is_flag:
+        return "true"
+    raise ConfigError(f"--{name}: a value is missing" + (f" ({key.type_name})" if key else ""))
+
+
+def parse_words(argv, keys, aliases):
+    """(config files, {key: value}, "help", "print_config" or None) from command-line words."""
+    words, files, flags, show = list(argv), [], {}, None
     while words:
         word = words.pop(0)
-        if not word.startswith("--"):
-            if word == "-h":
-                show = "help"
-            elif word.startswith("-") and word != "-":
-                raise ConfigError(f"{word}: flags are written --key=value")
-            elif not word.endswith(".py"):
-                raise ConfigError(f"{word}: expected a config file ending in .py, or --key=value")
-            else:
-                files.append(word)
+        if word != "-h" and not word.startswith("--"):
+            files.append(config_file(word))
             continue
-        name, equals, text = word[2:].partition("=")
+        name, equals, text = ("help" if word == "-h" else word[2:]).partition("=")
         name = name.replace("-", "_")
         if name in ("help", "print_config"):
             show = name
-            continue
-        negated = name.startswith("no_") and name not in keys and name[3:] in keys
-        if negated and bool in keys[name[3:]].kinds and not equals:
+        elif is_negation(name, keys) and not equals:
             flags[name[3:]] = False
-            continue
-        taken = name in aliases or name == "config"
-        key = None if taken else find_key(keys, name, f"--{name}")
-        if not equals:  # --key value, or --flag alone
-            is_flag = key is not None and bool in key.kinds
-            if words and (words[0].lower() in BOOLS if is_flag else not words[0].startswith("--")):
-                text = words.pop(0)
-            elif is_flag:
-                text = "true"
-            else:
-                raise ConfigError(f"--{name}: a value is missing" + (f" ({key.type_name})" if key else ""))
-        if name == "config":
-            files.append(text)
-        elif taken:
-            flags |= aliases[name](text)
-        elif key.is_tuple:
-            flags[name] = flags.get(name, ()) + key.parse(text)
         else:
-            flags[name] = key.parse(text)
+            key = None if name in aliases or name == "config" else find_key(keys, name, f"--{name}")
+            text = text if equals else next_value(name, key, words)
+            if name == "config":
+                files.append(text)
+            elif key is None:
+                flags |= aliases[name](text)
+            else:
+                value = key.parse(text)
+                flags[name] = flags.get(name, ()) + value if key.is_tuple else value
+    return files, flags, show
+
+
+def read(argv, *classes, doc="", aliases=None):
+    """Settings from command-line words.
+
+    `aliases` maps a flag's name to a function of its value that returns {key: value}: names that other tools use.
+    `--help` and `--print_config` print and exit 0. Raises ConfigError for anything a user got wrong.
+    """
+    keys, given = keys_of(*classes), {}
+    files, flags, show = parse_words(argv, keys, aliases or {})
     if show == "help":
         print_help(keys, doc)
         raise SystemExit(0)
-    given = {}
     for file in files:
         run_file(file, keys, given)
     given |= flags
@@ -236,6 +351,10 @@ def read(argv, *classes, doc="", aliases=None):
     return settings
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Printing.
+
+
 def print_help(keys, doc):
     print(doc.strip())
     group = None
@@ -243,7 +362,7 @@ def print_help(keys, doc):
         if key.group != group:
             group = key.group
             print(f"\n{group}:")
-        print(f"  --{key.name}={key.default!r}  ({key.type_name})  {key.meaning}")
+        print(f"  --{key.name}={key.default!r}  ({key.type_name})  {key.help}")
     print("\n--config FILE, --print_config (show the resolved configuration and stop), --help")
 
 

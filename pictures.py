@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from configurator import ConfigError
 from data.corpus import load_tokenizer
+from data.dataset import TokenDataset
 from kernels.e7 import SETS, SIMPLE, e7_roots
 from kernels.wavekan import wavelet_bank
 from model import (
@@ -30,7 +31,7 @@ from model import (
     WaveletMap,
     load_checkpoint,
 )
-from train import Corpus, TrainConfig
+from train import TrainConfig
 
 TIGHT = {"layout": "constrained"}
 
@@ -59,12 +60,12 @@ class Reading:
     def __init__(self, folder, kind, blocks=1):
         checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
         cfg = TrainConfig(**checkpoint["config"])
-        corpus = Corpus(cfg)
+        data = TokenDataset(cfg)
         self.model = GPT.from_checkpoint(checkpoint).eval()
-        T, text = self.model.config.block_size, corpus.splits["val"]
+        T, text = self.model.config.block_size, data.splits["val"]
         blocks = max(1, min(blocks, len(text) // T))
         idx = torch.from_numpy(text[: blocks * T].astype(np.int64)).view(blocks, -1)
-        tokenizer = load_tokenizer(checkpoint["meta"], corpus.folder)
+        tokenizer = load_tokenizer(checkpoint["meta"], data.folder)
         self.words = [tokenizer.decode([token]).replace("\n", "/") for token in idx.flatten().tolist()]
         self.modules, self.outputs = [m for m in self.model.modules() if isinstance(m, kind)], []
         for module in self.modules:

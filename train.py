@@ -23,6 +23,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,10 +32,21 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import configurator
-from configurator import ROOT, ConfigError
-from data.corpus import DataError, load_meta, load_tokenizer, open_split, replace_file
-from kernels.e7 import STAGES as E7_STAGES
-from model import GPT, CheckpointError, GPTConfig, alignment, load_checkpoint, one_of, save_checkpoint
+from configurator import ROOT, ConfigError, check_values
+from data.corpus import DataError, load_tokenizer, replace_file
+from data.dataset import TRAIN, TRAIN_LOSS, VAL_LOSS, TokenDataset
+from model import GPT, CheckpointError, GPTConfig, load_checkpoint, save_checkpoint
+
+RANGES = {
+    "seed": "[0, 2^31)",  # NumPy takes 32 bits, and ranks are added
+    "max_iters warmup_iters lr_decay_iters curriculum_iters sample_interval": "[0, inf)",
+    "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval": "[1, inf)",
+    "learning_rate": "(0, inf)",
+    "weight_decay min_lr": "[0, inf)",
+    "beta1 beta2": "[0, 1)",
+    "grad_clip": "[0, inf]",
+    "wsd_decay_share": "[0, 1]",
+}
 
 
 @dataclass
@@ -44,13 +56,13 @@ class TrainConfig:
     # -- run ----------------------------------------------------------------------------------------------------------
     out_dir: str = "out"  # checkpoints, metrics.jsonl and run.json go here
     init_from: str = "scratch"  # "scratch" | "resume" | "auto" (resume if it can) | "gpt2*" | a Hugging Face folder
-    seed: int = 1337  # of weights, data order and dropout
+    seed: int = 1337  # for weights, data order and dropout
     max_iters: int = 600_000  # optimiser steps in all
     # -- data ---------------------------------------------------------------------------------------------------------
     dataset: str = "openwebtext"  # a folder with train.bin and val.bin
     data_dir: str = ""  # where data sets lie; empty = data/ beside train.py
-    batch_size: int = 12  # sequences a micro-step and process
-    gradient_accumulation_steps: int = 40  # micro-steps an optimiser step, shared out over all processes
+    batch_size: int = 12  # sequences per micro-step and process
+    gradient_accumulation_steps: int = 40  # micro-steps per optimiser step, divided among all processes
     # -- optimiser ----------------------------------------------------------------------------------------------------
     learning_rate: float = 6e-4  # peak learning rate of AdamW
     weight_decay: float = 0.1  # on matrices; norms, biases and gains do not decay
@@ -59,74 +71,65 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest gradient norm; 0 = no clipping
     # -- learning-rate schedule ---------------------------------------------------------------------------------------
     decay_lr: bool = True  # False = constant learning rate, without warm-up
-    lr_schedule: str = "cosine"  # after the warm-up: "cosine" | "constant" | "wsd" (flat, then linear decay)
+    lr_schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # after the warm-up; wsd: flat, then linear decay
     warmup_iters: int = 2000  # linear warm-up steps
     lr_decay_iters: int | None = None  # where the decay ends; None = max_iters
     min_lr: float | None = None  # where it ends; None = learning_rate / 10
     wsd_decay_share: float = 0.2  # share of lr_decay_iters in which "wsd" decays
     # -- curriculum ---------------------------------------------------------------------------------------------------
-    curriculum: str = ""  # "" | "length" (seven stages, block_size / 16 to block_size) | "e7" (coset dimensions too)
+    curriculum: Literal["", "length", "e7"] = ""  # none | sequences grow in seven stages | and the model's own stages
     curriculum_iters: int = 0  # optimiser steps of the seven stages; the last one stays
     # -- evaluation and logging ---------------------------------------------------------------------------------------
     eval_interval: int = 2000  # steps between evaluations, each followed by a checkpoint
-    eval_iters: int = 200  # random batches a split and evaluation
+    eval_iters: int = 200  # random batches per split and evaluation
     eval_full: bool = False  # validate on the whole val split, once, in windows that do not overlap
     eval_only: bool = False  # evaluate once and stop
     always_save_checkpoint: bool = True  # write ckpt_last.pt after every evaluation, not only after better ones
-    log_alignment: bool = False  # of another method than "bp": also each layer's gradient against backpropagation's
+    log_alignment: bool = False  # with a method other than "bp": also compare gradients with backpropagation's
     log_interval: int = 1  # steps between lines of metrics.jsonl
     sample_interval: int = 0  # steps between short samples of text; 0 = none
     tensorboard_log: bool = False  # also to out_dir/tensorboard
     wandb_log: bool = False  # also to Weights & Biases
     wandb_project: str = "nanochimera"  # its project
     wandb_run_name: str = "gpt2"  # its run name
-    wandb_mode: str = "online"  # "online" | "offline" (kept in out_dir/wandb, for `wandb sync`)
+    wandb_mode: Literal["online", "offline"] = "online"  # offline: kept in out_dir/wandb, for `wandb sync`
     # -- system -------------------------------------------------------------------------------------------------------
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
-    dtype: str = "auto"  # "auto" | "float32" | "bfloat16" | "float16": what matrix products run in; weights are float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights are float32
     compile: bool | None = None  # torch.compile: minutes at the start, faster steps; None = on CUDA only
-    backend: str = "auto"  # of torch.distributed: "auto" (nccl on CUDA, else gloo) | "nccl" | "gloo"
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on CUDA, else gloo
 
     def __post_init__(self):
-        at_least = {"max_iters": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "warmup_iters": 0, "seed": 0}
-        at_least |= {"eval_interval": 1, "eval_iters": 1, "log_interval": 1, "sample_interval": 0, "grad_clip": 0}
-        for name, least in at_least.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate={self.learning_rate}: must be positive")
-        one_of(self, "lr_schedule", ("cosine", "constant", "wsd"))
-        one_of(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
-        one_of(self, "backend", ("auto", "nccl", "gloo"))
-        one_of(self, "wandb_mode", ("online", "offline"))
-        one_of(self, "curriculum", ("", "length", "e7"))
+        check_values(self, RANGES)
         if bool(self.curriculum) != (self.curriculum_iters >= 7):
             raise ValueError("curriculum and curriculum_iters (7 or more) go together: set both or neither")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Curriculum: along E7's chain of subgroups, and the plain control with the same lengths.
+# Curriculum: sequences that grow in stages, and with them whatever the model has stages for.
+
+STAGES = 7
 
 
 def curriculum(iteration, block_size, iters, kind):
-    """(tokens a sequence, active coset dimensions) of a step: a pure function, so that a resumed run goes on exactly.
+    """(tokens per sequence, stage 0 to 6) of a step: a pure function, so that a resumed run continues exactly.
 
-    Seven equal stages in `iters` steps, the last one for good; lengths grow geometrically from block_size / 16 to
-    block_size. "e7" also frees the coset's dimensions along A1 < A2 < A3 < A4 < D5 < E6 < E7; "length" has them all.
+    Equal stages in `iters` steps, the last one for good; lengths grow geometrically from block_size / 16 to block_size.
     """
+    last = STAGES - 1
     if not kind:
-        return block_size, E7_STAGES[-1]
-    stage = min(7 * iteration // iters, 6) if iters else 6
-    return max(1, round(block_size * 16 ** (stage / 6 - 1))), E7_STAGES[stage if kind == "e7" else 6]
+        return block_size, last
+    stage = min(STAGES * iteration // iters, last) if iters else last
+    return max(1, round(block_size * 16 ** (stage / last - 1))), stage
 
 
 def tokens_before(iteration, sequences, block_size, iters, kind):
-    """Tokens that the steps before `iteration` saw, with so many sequences each."""
-    starts = [0, *(-(-stage * iters // 7) for stage in range(1, 7)), max(iters, iteration)] if kind else [0, iteration]
+    """Tokens of all steps before `iteration`, with so many sequences per step."""
+    starts = [0, iteration]
+    if kind:
+        starts = [0, *(-(-stage * iters // STAGES) for stage in range(1, STAGES)), max(iters, iteration)]
     lengths = [curriculum(start, block_size, iters, kind)[0] for start in starts[:-1]]
-    return sequences * sum(
-        T * max(0, min(b, iteration) - a) for T, a, b in zip(lengths, starts, starts[1:])
-    )  # fmt: skip
+    return sequences * sum(T * max(0, min(b, iteration) - a) for T, a, b in zip(lengths, starts, starts[1:]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,65 +229,6 @@ def peak_flops(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: which windows a step reads is a pure function of (seed, step), so that resuming, accumulating gradients or
-# adding processes never repeats or skips a window.
-
-TRAIN, TRAIN_LOSS, VAL_LOSS = range(3)  # independent streams of random windows
-
-
-class Corpus:
-    """The token files of a data set. DataError for what cannot be trained on."""
-
-    def __init__(self, cfg):
-        self.folder = (Path(cfg.data_dir) if cfg.data_dir else ROOT / "data") / cfg.dataset
-        self.meta = load_meta(self.folder)
-        self.splits = {split: open_split(self.folder, split, self.meta) for split in ("train", "val")}
-        self.seed = cfg.seed
-
-    def check(self, block_size, vocab_size):
-        """Refuse, before any long work, a split shorter than a block or with a token the model does not know."""
-        for split, tokens in self.splits.items():
-            if len(tokens) <= block_size:
-                raise DataError(f"{self.folder}/{split}.bin: {len(tokens)} tokens, too few for block_size={block_size}")
-            self.check_ids(tokens[: 1 << 26], vocab_size)  # every batch is checked again as it is read
-
-    def check_ids(self, tokens, vocab_size):
-        if tokens.max() >= vocab_size:
-            raise DataError(f"{self.folder}: token id {tokens.max()} does not fit vocab_size={vocab_size}; raise it")
-
-    def windows(self, stream, step, count, block_size):
-        """Random window starts, (count,) int64, of one step of one stream."""
-        tokens = self.splits["val" if stream == VAL_LOSS else "train"]
-        return np.random.default_rng((self.seed, stream, step)).integers(0, len(tokens) - block_size, count)
-
-    def batch(self, split, starts, config, device):
-        """Inputs and targets (len(starts), block_size) int64 on `device`, for a model of GPTConfig `config`."""
-        tokens = self.splits[split][starts[:, None] + np.arange(config.block_size + 1)]
-        self.check_ids(tokens, config.vocab_size)
-        tokens = torch.from_numpy(tokens.astype(np.int64))
-        return to_device(tokens[:, :-1], device), to_device(tokens[:, 1:], device)
-
-    def val_windows(self, batch_size, config, device, rank, world_size):
-        """The whole val split in windows that do not overlap, this rank's share of it: pairs as from `batch`.
-
-        All have the same shape: what is beyond the end is padded and its targets are -1.
-        """
-        tokens, T = self.splits["val"], config.block_size
-        for start in range(rank * batch_size * T, len(tokens) - 1, world_size * batch_size * T):
-            piece = tokens[start : start + batch_size * T + 1].astype(np.int64)
-            self.check_ids(piece, config.vocab_size)
-            x, y = np.zeros(batch_size * T, np.int64), np.full(batch_size * T, -1)
-            x[: len(piece) - 1], y[: len(piece) - 1] = piece[:-1], piece[1:]
-            rows = -(-(len(piece) - 1) // T)
-            x, y = (torch.from_numpy(a).view(batch_size, T)[:rows] for a in (x, y))
-            yield to_device(x, device), to_device(y, device)
-
-
-def to_device(x, device):
-    return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else x.to(device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Starting: where weights and settings come from.
 
 
@@ -311,23 +255,23 @@ def resume(settings):
     return settings, checkpoint
 
 
-def agree(settings, model_args, whose):
-    """ConfigError if a model flag is given that weights which exist contradict; dropout may change."""
+def check_against_weights(settings, model_args, source):
+    """ConfigError if a model flag is given that differs from the weights' own; dropout may differ."""
     for name in settings.given & model_args.keys() - {"dropout"}:
         if settings.values[name] != model_args[name]:
-            raise ConfigError(f"--{name}={settings.values[name]}: {whose} has {name}={model_args[name]}; leave it out")
+            raise ConfigError(f"--{name}={settings.values[name]}: {source} has {name}={model_args[name]}; leave it out")
 
 
-def build_model(settings, checkpoint, corpus):
+def build_model(settings, checkpoint, data):
     """The model to train: from a checkpoint, from scratch or from GPT-2's weights."""
     init_from = settings.values["init_from"]
     dropout = {"dropout": settings.values["dropout"]} if "dropout" in settings.given else {}
     if checkpoint is not None:
-        agree(settings, asdict(GPTConfig()) | checkpoint["model_args"], "the checkpoint")
+        check_against_weights(settings, asdict(GPTConfig()) | checkpoint["model_args"], "the checkpoint")
         return GPT.from_checkpoint(checkpoint, **dropout)
     if init_from in ("scratch", "auto"):
-        known = "vocab_size" in corpus.meta and "vocab_size" not in settings.given
-        return GPT(settings.build(GPTConfig, **({"vocab_size": corpus.meta["vocab_size"]} if known else {})))
+        known = "vocab_size" in data.meta and "vocab_size" not in settings.given
+        return GPT(settings.build(GPTConfig, **({"vocab_size": data.meta["vocab_size"]} if known else {})))
     try:
         model = GPT.from_pretrained(init_from, **dropout)
         if "block_size" in settings.given:
@@ -336,7 +280,7 @@ def build_model(settings, checkpoint, corpus):
         raise ConfigError(f"--init_from={init_from} needs transformers: pip install transformers safetensors") from None
     except (ValueError, OSError) as e:
         raise ConfigError(f"--init_from={init_from}: {e}") from e
-    agree(settings, asdict(model.config), init_from)
+    check_against_weights(settings, asdict(model.config), init_from)
     return model
 
 
@@ -378,7 +322,7 @@ def set_rng_states(states):
 
 
 class Diverged(ArithmeticError):
-    """The loss is no longer a number; checkpoints written before are good."""
+    """The loss is not finite any more; checkpoints written before are good."""
 
     def __str__(self):
         return f"{super().__str__()}; checkpoints saved before it are good, lower --learning_rate"
@@ -387,8 +331,8 @@ class Diverged(ArithmeticError):
 class Trainer:
     """Model, optimiser and position of a run. `step()` trains, `evaluate()` measures, `save()` keeps."""
 
-    def __init__(self, cfg, model, corpus, world, dtype, checkpoint=None):
-        self.cfg, self.corpus, self.world = cfg, corpus, world
+    def __init__(self, cfg, model, data, world, dtype, checkpoint=None):
+        self.cfg, self.data, self.world = cfg, data, world
         self.model = model.to(world.device)
         self.config = model.config
         self.device_type = world.device.split(":")[0]
@@ -442,13 +386,13 @@ class Trainer:
         cfg, B, first = self.cfg, self.cfg.batch_size, self.world.rank * self.micro_steps
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(cfg, self.iter_num)
-        starts = self.corpus.windows(TRAIN, self.iter_num, self.sequences, self.config.block_size)
-        T, dims = curriculum(self.iter_num, self.config.block_size, cfg.curriculum_iters, cfg.curriculum)
+        starts = self.data.windows(TRAIN, self.iter_num, self.sequences, self.config.block_size)
+        T, stage = curriculum(self.iter_num, self.config.block_size, cfg.curriculum_iters, cfg.curriculum)
         if cfg.curriculum == "e7":
-            self.model.manifold.set_active(dims)
+            self.model.set_stage(stage)
         total = 0.0
         for micro in range(self.micro_steps):
-            x, y = self.corpus.batch("train", starts[(first + micro) * B :][:B], self.config, self.world.device)
+            x, y = self.data.batch("train", starts[(first + micro) * B :][:B], self.config, self.world.device)
             if self.ddp is not None:  # gradients are averaged once, in the last backward pass
                 self.ddp.require_backward_grad_sync = micro == self.micro_steps - 1
             with self.autocast:
@@ -464,13 +408,13 @@ class Trainer:
         return total, norm
 
     def tokens(self, step):
-        """Tokens that the steps before `step` saw."""
+        """Tokens of all steps before `step`."""
         cfg = self.cfg
         return tokens_before(step, self.sequences, self.config.block_size, cfg.curriculum_iters, cfg.curriculum)
 
     @torch.no_grad()
     def mean_loss(self, batches):
-        """Mean language-model loss in nats a token over all processes' `batches`, targets of -1 left out."""
+        """Mean language-model loss in nats per token over all processes' `batches`, targets of -1 left out."""
         self.model.eval()
         loss_sum, count = 0.0, 0
         for x, y in batches:
@@ -483,18 +427,18 @@ class Trainer:
         return loss_sum / count
 
     def evaluate(self):
-        """{"train_loss", "val_loss"} in nats a token, "val_bpb" in bits a byte where the data set counted its bytes."""
+        """{"train_loss", "val_loss"} in nats per token, "val_bpb" in bits per byte where the bytes are known."""
         cfg, B, device = self.cfg, self.cfg.batch_size, self.world.device
 
         def random_batches(split, stream):
-            starts = self.corpus.windows(stream, self.iter_num, cfg.eval_iters * B, self.config.block_size)
+            starts = self.data.windows(stream, self.iter_num, cfg.eval_iters * B, self.config.block_size)
             for i in range(self.world.rank, cfg.eval_iters, self.world.size):
-                yield self.corpus.batch(split, starts[i * B : (i + 1) * B], self.config, device)
+                yield self.data.batch(split, starts[i * B : (i + 1) * B], self.config, device)
 
         losses = {"train_loss": self.mean_loss(random_batches("train", TRAIN_LOSS))}
-        full = self.corpus.val_windows(B, self.config, device, self.world.rank, self.world.size)
+        full = self.data.val_windows(B, self.config, device, self.world.rank, self.world.size)
         losses["val_loss"] = self.mean_loss(full if cfg.eval_full else random_batches("val", VAL_LOSS))
-        meta = self.corpus.meta
+        meta = self.data.meta
         if meta.get("val_bytes"):
             losses["val_bpb"] = losses["val_loss"] * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
         return losses
@@ -510,7 +454,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "model_args": asdict(self.config),
             "config": asdict(self.cfg),
-            "meta": self.corpus.meta,  # what sample.py needs to know of the data
+            "meta": self.data.meta,  # what sample.py needs to know of the data
             "iter_num": self.iter_num,
             "best_val_loss": self.best_val_loss,
             "rng": states,
@@ -519,17 +463,18 @@ class Trainer:
             save_checkpoint(Path(self.cfg.out_dir) / name, checkpoint)
 
     def alignment(self):
-        """Angles between weights and feedback; with log_alignment, cosines of gradients on a batch of the val split."""
-        if self.config.method == "bp":
-            return {}
+        """Angles between weights and feedback; with log_alignment, cosines of gradients on a batch of the val split.
+
+        {} under plain backpropagation.
+        """
         batch = ()
         if self.cfg.log_alignment:
-            starts = self.corpus.windows(VAL_LOSS, 0, self.cfg.batch_size, self.config.block_size)
-            batch = self.corpus.batch("val", starts, self.config, self.world.device)
-        return alignment(self.model, *batch)
+            starts = self.data.windows(VAL_LOSS, 0, self.cfg.batch_size, self.config.block_size)
+            batch = self.data.batch("val", starts, self.config, self.world.device)
+        return self.model.alignment(*batch)
 
     def evaluate_and_save(self):
-        """`evaluate`, then the checkpoints its result asks for. Diverged, with nothing saved, if it is no number."""
+        """`evaluate`, then the checkpoints its result asks for. Diverged, with nothing saved, if it is not finite."""
         results = self.evaluate()
         if not math.isfinite(results["val_loss"]):
             raise Diverged(f"the validation loss is {results['val_loss']} at step {self.iter_num}")
@@ -540,7 +485,7 @@ class Trainer:
         return results
 
     def report(self, norm, seconds):
-        """What a training line tells besides the loss; `seconds` is the time a step took."""
+        """The values of a training line besides the loss; `seconds`: the time per step."""
         parts = self.model.losses if len(self.model.losses) > 1 else {}
         tokens = self.tokens(self.iter_num) - self.tokens(self.iter_num - 1)
         rate = tokens / seconds
@@ -568,7 +513,7 @@ class Trainer:
 
 
 class Log:
-    """Everything the main process tells, to wherever it is wanted. Other processes have none."""
+    """Writes metrics and messages to files, trackers and the terminal. Only the main process has one."""
 
     def __init__(self, cfg, model, start, facts):
         self.folder = Path(cfg.out_dir)
@@ -589,8 +534,8 @@ class Log:
         self.bar = tqdm(total=cfg.max_iters, initial=start, unit="step", disable=not self.terminal, dynamic_ncols=True)
 
     def metrics(self, step, values):
-        told = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no inf
-        self.file.write(json.dumps({"iter": step, **told}) + "\n")
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no inf
+        self.file.write(json.dumps({"iter": step, **finite}) + "\n")
         self.file.flush()
         if self.board:
             for name, value in values.items():
@@ -606,14 +551,14 @@ class Log:
         if not self.terminal:
             mfu = f", mfu {values['mfu']:.1%}" if "mfu" in values else ""
             speed = f"{values['ms']:.1f} ms, {values['tokens_per_s']:,.0f} tokens/s"
-            self.say(f"iter {step}: loss {values['loss']:.4f}, {speed}{mfu}")
+            self.write_line(f"iter {step}: loss {values['loss']:.4f}, {speed}{mfu}")
 
     def evaluation(self, step, values):
         self.metrics(step, values)
         losses = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if k != "tokens" and "/" not in k)
-        self.say(f"step {step}: {losses}")
+        self.write_line(f"step {step}: {losses}")
 
-    def say(self, text):
+    def write_line(self, text):
         if self.terminal:
             self.bar.write(text)
         else:
@@ -720,27 +665,19 @@ def run(settings):
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(cfg.seed)
-    corpus = Corpus(cfg)
-    model = build_model(settings, checkpoint, corpus)
-    corpus.check(model.config.block_size, model.config.vocab_size)
-    if cfg.log_alignment and model.config.method == "bp":
-        raise ConfigError('--log_alignment compares with backpropagation: set a method other than "bp"')
-    if cfg.curriculum == "e7" and model.config.manifold != "e7":
-        raise ConfigError('--curriculum=e7 frees the coset\'s coordinates: set use_manifold and manifold="e7" too')
-    tokenizer = load_tokenizer(corpus.meta, corpus.folder) if cfg.sample_interval else None
+    data = TokenDataset(cfg)
+    model = build_model(settings, checkpoint, data)
+    data.check(model.config.block_size, model.config.vocab_size)
+    check_model(cfg, model, data, checkpoint["iter_num"] if checkpoint else 0)
+    tokenizer = load_tokenizer(data.meta, data.folder) if cfg.sample_interval else None
     if world.is_main and not cfg.eval_only:
         prepare_out_dir(cfg, model, is_new=checkpoint is None)
-    trainer = Trainer(cfg, model, corpus, world, dtype, checkpoint)
-    facts = {
-        "config": asdict(cfg), "model_args": asdict(model.config), "git_commit": git_commit(), "device": world.device,
-        "dtype": dtype_name(dtype), "processes": world.size, "parameters": model.num_params(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-    }  # fmt: skip
+    trainer = Trainer(cfg, model, data, world, dtype, checkpoint)
     if world.is_main:
         print(
-            f"{model.num_params() / 1e6:.2f}M parameters, {trainer.tokens_per_step:,} tokens a step, "
-            f"{model.flops_per_token() / 1e6:,.1f} MFLOPs a token\n"
-            f"device {world.device} ({why_device}), dtype {facts['dtype']} ({why_dtype}), {world.size} process(es)",
+            f"{model.num_params() / 1e6:.2f}M parameters, {trainer.tokens_per_step:,} tokens per step, "
+            f"{model.flops_per_token() / 1e6:,.1f} MFLOPs per token\n"
+            f"device {world.device} ({why_device}), dtype {dtype_name(dtype)} ({why_dtype}), {world.size} process(es)",
             flush=True,
         )
     if cfg.eval_only:
@@ -748,13 +685,7 @@ def run(settings):
         if world.is_main:
             print(", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
     else:
-        log = Log(cfg, model, trainer.iter_num, facts) if world.is_main else None
-        try:
-            with Stop() as stop:
-                loop(trainer, log, tokenizer, stop)
-        finally:
-            if log:
-                log.close()
+        run_training(trainer, tokenizer, dtype)
     world.close()
 
 
@@ -767,50 +698,104 @@ def check_packages(cfg):
             raise ConfigError(f"--{package}_log needs the package {package}: pip install {package}")
 
 
-def loop(trainer, log, tokenizer, stop):
-    """Train to max_iters, or until a stop is asked for. `log` is None on all processes but the main one."""
-    cfg, world = trainer.cfg, trainer.world
-    losses = []  # of the steps since the last look, still on the device
-    logged, clock = trainer.iter_num, time.perf_counter()
+def check_model(cfg, model, data, iteration):
+    """Refuse, before any long work, settings that need something which the model does not have."""
+    if cfg.log_alignment and not model.alignment(*data.batch("val", np.zeros(1, np.int64), model.config, "cpu")):
+        raise ConfigError('--log_alignment compares with backpropagation: set a method other than "bp"')
+    if cfg.curriculum == "e7":
+        last = max(iteration - 1, 0)  # the stage that a resumed model is in
+        try:
+            model.set_stage(curriculum(last, model.config.block_size, cfg.curriculum_iters, cfg.curriculum)[1])
+        except ValueError:
+            raise ConfigError(
+                '--curriculum=e7 frees the coset\'s coordinates: set use_manifold and manifold="e7" too'
+            ) from None
 
-    def look():
-        """Fetch the losses since the last look; the last one, averaged over processes. Diverged if one is bad."""
-        means = [x / world.size for x in world.sum(torch.stack(losses).tolist())] if losses else []
-        for step, loss in enumerate(means, trainer.iter_num - len(means)):
+
+def facts_of(trainer, dtype):
+    """What run.json says about a run."""
+    return {
+        "config": asdict(trainer.cfg), "model_args": asdict(trainer.config), "git_commit": git_commit(),
+        "device": trainer.world.device, "dtype": dtype_name(dtype), "processes": trainer.world.size,
+        "parameters": trainer.model.num_params(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }  # fmt: skip
+
+
+def run_training(trainer, tokenizer, dtype):
+    """Train to max_iters with logs and checkpoints, until done or stopped."""
+    log = Log(trainer.cfg, trainer.model, trainer.iter_num, facts_of(trainer, dtype)) if trainer.world.is_main else None
+    try:
+        with Stop() as stop:
+            loop(trainer, log, tokenizer, stop)
+    finally:
+        if log:
+            log.close()
+
+
+class StepLosses:
+    """The losses of the last steps, on the device until they are fetched, so that no step waits for another."""
+
+    def __init__(self, trainer):
+        self.trainer, self.losses, self.norm = trainer, [], None  # norm: the last step's gradient norm
+
+    def append(self, loss, norm):
+        self.norm = norm
+        # an infinite gradient shows in the loss too; but a GradScaler skips such a step, and may
+        self.losses.append(loss if self.trainer.scaler.is_enabled() else loss + 0 * norm)
+
+    def fetch(self):
+        """The last loss, averaged over processes; None without one. Diverged if any since the last fetch is bad."""
+        world = self.trainer.world
+        means = [x / world.size for x in world.sum(torch.stack(self.losses).tolist())] if self.losses else []
+        for step, loss in enumerate(means, self.trainer.iter_num - len(means)):
             if not math.isfinite(loss):
                 raise Diverged(f"the loss or its gradient is {loss} at step {step}")
-        losses.clear()
+        self.losses.clear()
         return means[-1] if means else None
 
+
+def evaluate_and_log(trainer, log):
+    """Evaluate, save, and log what was measured."""
+    i, results = trainer.iter_num, trainer.evaluate_and_save()
+    if log:
+        measured = {k: v.item() for k, v in trainer.model.measures().items()}
+        log.evaluation(i, {"tokens": trainer.tokens(i), **results, **measured, **trainer.alignment()})
+
+
+def save_stopped(trainer, log):
+    """Save a run that was asked to stop, and print how to continue it."""
+    trainer.save("ckpt_last.pt")
+    if log:
+        again = f"python train.py --out_dir={shlex.quote(str(trainer.cfg.out_dir))} --init_from=resume"
+        log.write_line(f"stopped after {trainer.iter_num} steps; go on with: {again}")
+
+
+def loop(trainer, log, tokenizer, stop):
+    """Train to max_iters, or until a stop is asked for. `log` is None on all processes but the main one."""
+    cfg, losses = trainer.cfg, StepLosses(trainer)
+    logged, clock = trainer.iter_num, time.perf_counter()
     while True:
         i, pause = trainer.iter_num, time.perf_counter()
         if i % cfg.eval_interval == 0 or i >= cfg.max_iters:
-            look()  # nothing bad is saved
-            results = trainer.evaluate_and_save()
-            if log:
-                measured = {k: v.item() for k, v in trainer.model.measures().items()}
-                log.evaluation(i, {"tokens": trainer.tokens(i), **results, **measured, **trainer.alignment()})
+            losses.fetch()  # nothing bad is saved
+            evaluate_and_log(trainer, log)
         if i >= cfg.max_iters:
             return
         if log and cfg.sample_interval and i and i % cfg.sample_interval == 0:
-            log.say(f"--- a sample at step {i} ---\n{trainer.write_sample(tokenizer).strip()}\n---")
+            log.write_line(f"--- a sample at step {i} ---\n{trainer.write_sample(tokenizer).strip()}\n---")
         clock += time.perf_counter() - pause
-        loss, norm = trainer.step()
-        losses.append(loss if trainer.scaler.is_enabled() else loss + 0 * norm)  # a norm that is no number: nor is this
+        losses.append(*trainer.step())
         if i % cfg.log_interval == 0:
-            loss = look()
+            loss = losses.fetch()
             seconds = (time.perf_counter() - clock) / (trainer.iter_num - logged)
             logged, clock = trainer.iter_num, time.perf_counter()
             if log:
-                log.training(i, {"tokens": trainer.tokens(trainer.iter_num), "loss": loss}
-                             | trainer.report(norm, seconds))  # fmt: skip
-        if world.sum([float(stop.requested)])[0]:
-            look()
-            trainer.save("ckpt_last.pt")
-            if log:
-                again = f"python train.py --out_dir={shlex.quote(str(cfg.out_dir))} --init_from=resume"
-                log.say(f"stopped after {trainer.iter_num} steps; go on with: {again}")
-            return
+                values = {"tokens": trainer.tokens(trainer.iter_num), "loss": loss}
+                log.training(i, values | trainer.report(losses.norm, seconds))
+        if trainer.world.sum([float(stop.requested)])[0]:
+            losses.fetch()
+            return save_stopped(trainer, log)
 
 
 def precision(text):

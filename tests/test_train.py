@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 import train
 from data.corpus import DataError, load_meta, open_split
+from data.dataset import TRAIN, TokenDataset
 from model import GPT, DecodingState, GPTConfig, load_checkpoint
 from train import TrainConfig, lr_at
 
@@ -113,11 +114,11 @@ def trainer(data, out, world=world(), **given):  # noqa: B008
     """A Trainer at step 0."""
     settings = train.configurator.read(flags(data, out, **given), TrainConfig, GPTConfig)
     cfg = settings.build(TrainConfig)
-    corpus = train.Corpus(cfg)
+    data = TokenDataset(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        model = train.build_model(settings, None, corpus)
-        return train.Trainer(cfg, model, corpus, world, torch.float32)
+        model = train.build_model(settings, None, data)
+        return train.Trainer(cfg, model, data, world, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def test_init_from_auto_starts_where_there_is_nothing(shakespeare, tmp_path):
 
 
 def corpus_of(size, seed=0):
-    corpus = train.Corpus.__new__(train.Corpus)
+    corpus = TokenDataset.__new__(TokenDataset)
     tokens = np.arange(size, dtype=np.uint32)
     corpus.folder, corpus.meta, corpus.splits, corpus.seed = Path("x"), {}, {"train": tokens, "val": tokens}, seed
     return corpus
@@ -276,7 +277,7 @@ def test_batches_are_the_raw_bins(shakespeare, tmp_path):
     t = trainer(shakespeare, tmp_path)
     for split in ("train", "val"):
         raw = np.fromfile(shakespeare / f"{split}.bin", np.uint16).astype(int)
-        x, y = t.corpus.batch(split, np.array([0, 5, len(raw) - 17]), t.config, "cpu")
+        x, y = t.data.batch(split, np.array([0, 5, len(raw) - 17]), t.config, "cpu")
         for row, start in enumerate((0, 5, len(raw) - 17)):
             assert x[row].tolist() == raw[start : start + 16].tolist()
             assert y[row].tolist() == raw[start + 1 : start + 17].tolist()
@@ -284,8 +285,8 @@ def test_batches_are_the_raw_bins(shakespeare, tmp_path):
 
 def test_processes_and_micro_steps_share_the_global_batch(shakespeare, tmp_path, monkeypatch):
     drawn = []
-    batch = train.Corpus.batch
-    monkeypatch.setattr(train.Corpus, "batch", lambda *a: (drawn.extend(a[2]), batch(*a))[1])
+    batch = TokenDataset.batch
+    monkeypatch.setattr(TokenDataset, "batch", lambda *a: (drawn.extend(a[2]), batch(*a))[1])
 
     def starts(steps=2, **given):
         """The windows of each of two steps, over all processes in order."""
@@ -313,7 +314,7 @@ def test_data_order_does_not_depend_on_evaluation_or_model(shakespeare, tmp_path
             t.step()
             if given:
                 t.evaluate()
-        return t.corpus.windows(train.TRAIN, t.iter_num, 8, 16).tolist()
+        return t.data.windows(TRAIN, t.iter_num, 8, 16).tolist()
 
     assert at_step_4() == at_step_4(n_layer=1, dropout=0.3)
 
@@ -386,7 +387,7 @@ def test_eval_full_is_the_cross_entropy_of_the_whole_split(batch_size, block_siz
 
 def test_processes_share_the_whole_split(shakespeare, tmp_path):
     t = trainer(shakespeare, tmp_path)
-    windows = [t.corpus.val_windows(4, t.config, "cpu", rank, 3) for rank in range(3)]
+    windows = [t.data.val_windows(4, t.config, "cpu", rank, 3) for rank in range(3)]
     targets = sorted(y[y != -1].tolist() for share in windows for _, y in share)
     whole = np.fromfile(shakespeare / "val.bin", np.uint16)[1:].tolist()
     assert sorted(sum(targets, [])) == sorted(whole)
@@ -417,7 +418,7 @@ def test_teacher_forcing_equals_feeding_prefixes(training, shakespeare, tmp_path
     t = trainer(shakespeare, tmp_path)
     for _ in range(30 * training):
         t.step()
-    x, y = t.corpus.batch("val", np.array([3, 500]), t.config, "cpu")
+    x, y = t.data.batch("val", np.array([3, 500]), t.config, "cpu")
     model, state = t.model.eval(), DecodingState()
     with torch.no_grad():
         forced = model(x, y)[1].item()
@@ -429,10 +430,10 @@ def test_teacher_forcing_equals_feeding_prefixes(training, shakespeare, tmp_path
 
 def test_bits_per_byte(shakespeare, tmp_path):
     t = trainer(shakespeare, tmp_path)
-    t.corpus.meta = t.corpus.meta | {"val_tokens": 100, "val_bytes": 400}
+    t.data.meta = t.data.meta | {"val_tokens": 100, "val_bytes": 400}
     results = t.evaluate()
     assert results["val_bpb"] == pytest.approx(results["val_loss"] / 4 / math.log(2))
-    t.corpus.meta = {}  # nanoGPT's own data set does not tell
+    t.data.meta = {}  # nanoGPT's own data set does not tell
     assert t.evaluate().keys() == {"train_loss", "val_loss"}
 
 
@@ -624,7 +625,7 @@ def test_run_json(shakespeare, tmp_path):
 def test_what_the_terminal_shows(shakespeare, tmp_path, capsys):
     assert run_here(*flags(shakespeare, tmp_path)) == 0
     out = capsys.readouterr().out.splitlines()
-    assert "parameters" in out[0] and "64 tokens a step" in out[0]
+    assert "parameters" in out[0] and "64 tokens per step" in out[0]
     assert out[1].startswith("device cpu (as asked), dtype float32 (as asked)")
     assert sum(x.startswith("iter ") for x in out) == 6 and sum(x.startswith("step ") for x in out) == 3
 
@@ -716,6 +717,10 @@ def test_a_missing_package_is_named(package, shakespeare, tmp_path, monkeypatch,
         ({"eval_interval": 0}, ["eval_interval=0"]),
         ({"learning_rate": "nan"}, ["learning_rate"]),
         ({"learning_rte": 1}, ["learning_rte", "learning_rate"]),
+        ({"beta1": 1}, ["beta1=1.0", "[0, 1)"]),
+        ({"log_alignment": True}, ["--log_alignment", "method", '"bp"']),
+        ({"curriculum": "e7", "curriculum_iters": 7}, ["--curriculum=e7", 'manifold="e7"']),
+        ({"curriculum": "length"}, ["curriculum", "curriculum_iters", "set both or neither"]),
     ],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
 )
@@ -756,11 +761,11 @@ def test_ids_beyond_the_scan_are_refused_when_read(shakespeare, tmp_path):
     t = trainer(shakespeare, tmp_path)
     tokens = np.array(open_split(shakespeare, "val", load_meta(shakespeare)))
     tokens[-1] = 1000  # its last target only
-    t.corpus.splits["val"] = tokens
+    t.data.splits["val"] = tokens
     with pytest.raises(DataError, match="token id 1000"):
-        t.corpus.batch("val", np.array([0, len(tokens) - 17]), t.config, "cpu")
+        t.data.batch("val", np.array([0, len(tokens) - 17]), t.config, "cpu")
     with pytest.raises(DataError, match="token id 1000"):
-        list(t.corpus.val_windows(4, t.config, "cpu", 0, 1))
+        list(t.data.val_windows(4, t.config, "cpu", 0, 1))
 
 
 def test_out_dir_in_a_files_place(shakespeare, tmp_path, capsys):

@@ -1,4 +1,4 @@
-# The winner of the search (config/search, docs/log.md): on nanoGPT's CPU recipe, with 1.01 times its parameters, the
+# The winner of the search (docs/log.md): on nanoGPT's CPU recipe, with 1.01 times its parameters, the
 # lowest loss of what was tried. A gated scan, then two layers of attention with RoPE; oscillators of three times the
 # published frequency in place of GELU; three layers of 148 for four of 128.
 # python train.py config/train_shakespeare_char_cpu.py config/presets/chimera.py

@@ -1,6 +1,0 @@
-# Attention with RoPE, and oscillators.
-out_dir = "out-search/ferope_bio"
-use_ferope = True
-pos_embedding = "none"
-use_bio_mlp = True
-bio_threshold = 0.0

@@ -1,7 +1,0 @@
-# Waves, the third layer attention with RoPE, and oscillators.
-out_dir = "out-search/fhn_softmax_bio"
-attn_pattern = "fhn,fhn,softmax,fhn"
-use_ferope = True
-pos_embedding = "none"
-use_bio_mlp = True
-bio_threshold = 0.0
