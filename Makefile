@@ -14,7 +14,7 @@ ifneq ($(wildcard ../shared/data/tiktoken_cache),)
 export TIKTOKEN_CACHE_DIR ?= $(CURDIR)/../shared/data/tiktoken_cache
 endif
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint report readme clean
 
 help:  ## list these commands (the default)
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,17 @@ test: $(VENV)/.dev  ## run the test suite; ARGS="-k cache -x" goes to pytest
 lint: $(VENV)/.dev  ## ruff: errors and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+REPORT := $(BIN)/python -m lab.ablate --report
+
+report: $(VENV)/.dev  ## comparisons in docs/results.md, plots and pages docs/*.html, from docs/results
+	$(REPORT) --learning_rates=1e-3,3e-3
+	$(REPORT) --out_dir=out-local
+	$(REPORT) --out_dir=out-ablation-512 --learning_rates=3e-3
+	$(REPORT) --out_dir=out-char
+
+readme: $(VENV)/.core  ## the excerpts of --help in README.md, as the scripts print them
+	$(BIN)/python -m lab.readme
 
 clean:  ## remove .venv and caches; data and runs stay
 	rm -rf $(VENV) *.egg-info build .pytest_cache .ruff_cache .hypothesis

@@ -10,14 +10,17 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 import configurator
-from configurator import ROOT, ConfigError
+from configurator import ROOT, ConfigError, check_values
 from data.corpus import DataError, build_tokenizer, load_meta, load_tokenizer
-from model import GPT, CheckpointError, load_checkpoint, one_of
+from model import GPT, CheckpointError, load_checkpoint
 from train import pick_device, pick_dtype
+
+RANGES = {"num_samples max_new_tokens": "[1, 2^63)", "seed": "[0, 2^63)"}
 
 
 @dataclass
@@ -32,32 +35,29 @@ class SampleConfig:
     # -- text ---------------------------------------------------------------------------------------------------------
     start: str = "\n"  # the prompt; "FILE:path" reads a file, "-" standard input
     num_samples: int = 1  # texts, generated as one batch
-    max_new_tokens: int = 500  # tokens each
+    max_new_tokens: int = 500  # tokens per text
     stop: tuple[str, ...] = ()  # end a text before whichever of these strings is complete first
     stream: bool = False  # print while writing (one sample)
     # -- sampling -----------------------------------------------------------------------------------------------------
-    temperature: float = 0.8  # 1 = as trained, below: bolder, 0 = greedy
+    temperature: float = 0.8  # 1 = the model's own probabilities, below 1: sharper, 0 = greedy
     top_k: int | None = 200  # keep the k likeliest tokens
     top_p: float | None = None  # keep the fewest tokens that reach this probability
     min_p: float | None = None  # drop tokens below this share of the likeliest one's probability
     repetition_penalty: float = 1.0  # above 1: tokens seen before become less likely
     repetition_window: int | None = None  # how many tokens back "seen" reaches; None = all
-    seed: int = 1337  # of the sampling
+    seed: int = 1337  # for the sampling
     # -- system -------------------------------------------------------------------------------------------------------
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
-    dtype: str = "float32"  # "auto" | "float32" | "bfloat16" | "float16": the weights are cast to it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # the weights are cast to it
     compile: bool = False  # torch.compile; seldom pays for a few samples
-    use_cache: bool = True  # remember keys, values and states; False recomputes everything for each token
+    use_cache: bool = True  # keep keys, values and states; False recomputes everything for each token
 
     def __post_init__(self):
-        for name, least in {"num_samples": 1, "max_new_tokens": 1, "seed": 0}.items():
-            if not least <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least} (and below 2^63)")
+        check_values(self, RANGES)
         if self.stream and self.num_samples > 1:
             raise ValueError("stream=True prints one text as it grows: use num_samples=1")
         if "" in self.stop:
             raise ValueError("stop='': an empty string would end every text at once")
-        one_of(self, "dtype", ("auto", "float32", "bfloat16", "float16"))
 
 
 def load(cfg):
@@ -96,7 +96,7 @@ def cut(text, stops):
 
 
 def grow(model, tokenizer, idx, cfg):
-    """Yield the texts so far, one a row of idx (B, T), after every token, until all ended or max_new_tokens.
+    """Yield the texts so far, one per row of idx (B, T), after every token, until all ended or max_new_tokens.
 
     A text ends before its first stop string, or at the tokenizer's end-of-text token.
     """

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 import configurator
+from configurator import check_values
 from model import GPT, DecodingState, GPTConfig
 from train import pick_device
 
@@ -251,6 +252,9 @@ class SmokeConfig:
     device: str = "cpu"  # "auto" | "cpu" | "cuda" | "mps"
     steps: int = 20  # training steps on the repeated batch
 
+    def __post_init__(self):
+        check_values(self, {"steps": "[1, inf)"})
+
 
 def build(flags, device="cpu", seed=0):
     """A small model with `flags` on, and a batch of tokens (4, block_size) that suits it."""
@@ -267,7 +271,7 @@ def all_logits(model, idx):
 
 @torch.no_grad()
 def faults(model, idx):
-    """What is wrong with the model, as a list of words; empty is good."""
+    """What is wrong with the model, as a list of faults; empty is good."""
     model.eval()
     found = []
     logits = all_logits(model, idx)
@@ -290,7 +294,7 @@ def faults(model, idx):
 
 
 def train(model, idx, steps):
-    """(loss before, loss after, ms a step) of training on one batch, over and over."""
+    """(loss before, loss after, ms per step) of training on one batch, over and over."""
     model.train()
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), idx.device.type)
     losses, start = [], time.perf_counter()

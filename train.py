@@ -95,9 +95,9 @@ class TrainConfig:
     wandb_mode: Literal["online", "offline"] = "online"  # offline: kept in out_dir/wandb, for `wandb sync`
     # -- system -------------------------------------------------------------------------------------------------------
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights are float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # for matrix products; weights are float32
     compile: bool | None = None  # torch.compile: minutes at the start, faster steps; None = on CUDA only
-    backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on CUDA, else gloo
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # for torch.distributed; auto: nccl on CUDA, else gloo
 
     def __post_init__(self):
         check_values(self, RANGES)
@@ -713,7 +713,7 @@ def check_model(cfg, model, data, iteration):
 
 
 def facts_of(trainer, dtype):
-    """What run.json says about a run."""
+    """The contents of run.json."""
     return {
         "config": asdict(trainer.cfg), "model_args": asdict(trainer.config), "git_commit": git_commit(),
         "device": trainer.world.device, "dtype": dtype_name(dtype), "processes": trainer.world.size,

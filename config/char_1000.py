@@ -1,5 +1,5 @@
 # Over config/train_shakespeare_char.py: 1000 steps, eager, for many short runs on one GPU.
-# python ablate.py ROWS --recipe=config/train_shakespeare_char.py,config/char_1000.py --out_dir=out-char
+# python -m lab.ablate ROWS --recipe=config/train_shakespeare_char.py,config/char_1000.py --out_dir=out-char
 max_iters = 1000
 lr_decay_iters = 1000
 eval_interval = 100

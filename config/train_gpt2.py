@@ -1,4 +1,4 @@
-# GPT-2 124M on OpenWebText, half a million tokens a step.
+# GPT-2 124M on OpenWebText, half a million tokens per step.
 # python data/openwebtext/prepare.py
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 out_dir = "out-gpt2"

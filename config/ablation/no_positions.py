@@ -1,3 +1,3 @@
-# No position table: what causality alone tells about order.
+# No position table: order by causality alone.
 out_dir = "out-ablation/no_positions"
 pos_embedding = "none"

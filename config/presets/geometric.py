@@ -1,4 +1,4 @@
-# Cells of about 16 tokens, rotary phases, regions of two cells that speak to each other. For blocks of 64 and more.
+# Cells of about 16 tokens, rotary phases, regions of two cells that attend to each other. For blocks of 64 and more.
 out_dir = "out-geometric"
 pos_embedding = "none"
 use_ferope = True

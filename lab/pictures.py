@@ -1,27 +1,37 @@
 """
-What the ideas look like inside trained models: `python ablate.py --pictures`.
+What the ideas look like inside trained models.
 
-Each picture is a function of a run's folder, with its ckpt.pt and metrics.jsonl, or of several {row: folder}, that
-returns a matplotlib figure.
+    python -m lab.pictures waves out-ablation/fhn/lr0.003-seed0     # writes waves.png
+    python -m lab.pictures alignment out/fa out/dfa --file=both.png  # several runs in one picture
+    python -m lab.ablate --pictures                                  # all of them, from a comparison's runs
+
+It needs a run's folder with ckpt.pt, whose model has what the picture shows, and its data set. Pictures: routing,
+waves, knots, oscillators, wavelets, sdr, mhc, spectrum, coxeter; and alignment, from metrics.jsonl of one run or more.
 """
 
 import io
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+import configurator
 from configurator import ConfigError
-from data.corpus import load_tokenizer
+from data.corpus import DataError, load_tokenizer
 from data.dataset import TokenDataset
 from kernels.e7 import SETS, SIMPLE, e7_roots
 from kernels.wavekan import wavelet_bank
 from model import (
     GPT,
     WIDTH_MIN,
+    Cells,
+    CheckpointError,
     FHNMedium,
+    GPTConfig,
     HyperConnections,
     KnotGate,
     ManifoldProjection,
@@ -54,20 +64,29 @@ def png(figure):
     return data.getvalue()
 
 
+def load(folder, kind):
+    """(model, its modules of a kind) from a run's checkpoint; ConfigError if there are none."""
+    model = GPT.from_checkpoint(load_checkpoint(Path(folder) / "ckpt.pt"))
+    modules = [m for m in model.modules() if isinstance(m, kind)]
+    if not modules:
+        raise ConfigError(f"{folder}: the model has no {kind.__name__}, which this picture shows")
+    return model, modules
+
+
 class Reading:
-    """A trained model that reads the first blocks of the val split, and what chosen modules put out meanwhile."""
+    """A trained model, the first blocks of the val split, and what its modules of a kind return for them."""
 
     def __init__(self, folder, kind, blocks=1):
         checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
-        cfg = TrainConfig(**checkpoint["config"])
-        data = TokenDataset(cfg)
-        self.model = GPT.from_checkpoint(checkpoint).eval()
+        data = TokenDataset(TrainConfig(**checkpoint["config"]))
+        self.model, self.modules = load(folder, kind)
+        self.model.eval()
         T, text = self.model.config.block_size, data.splits["val"]
         blocks = max(1, min(blocks, len(text) // T))
         idx = torch.from_numpy(text[: blocks * T].astype(np.int64)).view(blocks, -1)
         tokenizer = load_tokenizer(checkpoint["meta"], data.folder)
         self.words = [tokenizer.decode([token]).replace("\n", "/") for token in idx.flatten().tolist()]
-        self.modules, self.outputs = [m for m in self.model.modules() if isinstance(m, kind)], []
+        self.outputs = []
         for module in self.modules:
             module.register_forward_hook(lambda module, args, output: self.outputs.append(output))
         self.idx = idx
@@ -76,9 +95,8 @@ class Reading:
 
 
 def picture_routing(folder):
-    """Which position may look at which, by the routing mask; lines are the borders of cells."""
-    model = GPT.from_checkpoint(load_checkpoint(Path(folder) / "ckpt.pt"))
-    cells = next(block.attn.cells for block in model.transformer.h if hasattr(block.attn, "cells"))
+    """Which key positions each query position may attend to, by the routing mask; lines are the borders of cells."""
+    cells = load(folder, Cells)[1][0]
     figure, axes = pyplot().subplots(figsize=(6, 6), **TIGHT)
     axes.imshow(cells.route.mask(), cmap="Blues", vmax=1.5, interpolation="nearest")
     for border in cells.starts[1:-1]:
@@ -89,7 +107,7 @@ def picture_routing(folder):
 
 
 def picture_waves(folder, tokens=96):
-    """The deviation from rest of each channel along a text, slow channels below; one panel a layer of waves."""
+    """The deviation from rest of each channel along a text, slow channels below; one panel per layer of waves."""
     read = Reading(folder, FHNMedium)
     n, words = len(read.modules), read.words[:tokens]
     figure, panels = pyplot().subplots(n, 1, figsize=(12, 2.2 * n + 1), sharex=True, squeeze=False, **TIGHT)
@@ -105,7 +123,7 @@ def picture_waves(folder, tokens=96):
 
 
 def picture_knots(folder):
-    """Which cells each head of each knotted layer looks at: own and near ones grey, those tied by a knot red."""
+    """Which cells each head of each knotted layer attends to: own and near ones grey, those linked by a knot red."""
     from matplotlib.colors import ListedColormap
 
     read = Reading(folder, KnotGate)
@@ -120,17 +138,16 @@ def picture_knots(folder):
             colours = ListedColormap(["white", "lightgrey", "crimson"])
             panels[layer, head].imshow(kind, cmap=colours, vmin=0, vmax=2)
             panels[layer, head].set_title(f"gate {layer + 1}, head {head + 1}", fontsize=8)
-    figure.suptitle("Grey: near cells; red: tied by a knot")
+    figure.suptitle("Grey: near cells; red: linked by a knot")
     figure.supxlabel("key cell")
     figure.supylabel("query cell")
     return figure
 
 
 def picture_oscillators(folder):
-    """Frequencies after training, one histogram a layer; a line where they started."""
-    checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
-    model = GPT.from_checkpoint(checkpoint)
-    layers = [m.omega.detach() for m in model.modules() if isinstance(m, OscillatingActivation)]
+    """Frequencies after training, one histogram per layer; a line where they started."""
+    model, oscillators = load(folder, OscillatingActivation)
+    layers = [m.omega.detach() for m in oscillators]
     figure, axes = pyplot().subplots(figsize=(7, 4.5), **TIGHT)
     for layer, omega in enumerate(layers, 1):
         axes.hist(omega.numpy(), bins=60, histtype="step", label=f"{layer}: {omega.mean():.2f} ± {omega.std():.2f}")
@@ -142,8 +159,7 @@ def picture_oscillators(folder):
 
 def picture_wavelets(folder, units=24):
     """The activation of the hidden units whose wavelets are the strongest: silu plus its wavelets."""
-    model = GPT.from_checkpoint(load_checkpoint(Path(folder) / "ckpt.pt"))
-    maps = [m for m in model.modules() if isinstance(m, WaveletMap)]
+    maps = load(folder, WaveletMap)[1]
     n, x = len(maps), torch.linspace(-4, 4, 401)
     figure, panels = pyplot().subplots(1, n, figsize=(4 * n, 4), **TIGHT, sharey=True, squeeze=False)
     for layer, (axes, wave) in enumerate(zip(panels[0], maps), 1):
@@ -260,6 +276,44 @@ def picture_alignment(folders):
     return figure
 
 
+def attention_over_length(seconds, fits):
+    """Time of each attention over T, from {name: {T: seconds}} and {name: exponent or None}."""
+    figure, axes = pyplot().subplots(figsize=(7.5, 5), **TIGHT)
+    for name, times in seconds.items():
+        dash = "-" if "backward" in name else "--"
+        label = f"{name}: T^{fits[name]:.2f}" if fits[name] else name
+        axes.loglog(list(times), list(times.values()), dash, marker="o", base=2, label=label)
+    axes.set(xlabel="T, tokens", ylabel="seconds", title="Mixing 1 x T x 384 (6 heads of 64), cells of about 256")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def routing_by_kind(flags, T=512):
+    """The routing graph of a model with `flags` at block T, each edge coloured by what put it there."""
+    from matplotlib.colors import ListedColormap
+
+    config = GPTConfig(**flags | {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": T})
+    cells = GPT(config).transformer.h[0].attn.cells
+    mask, cell = cells.route.mask(), cells.cell
+    back = cell[:, None] - cell[None, :]
+    kind = torch.where(mask, torch.where(back == 0, 1, torch.where(back == 1, 2, 3)), 0)
+    figure, axes = pyplot().subplots(figsize=(6.4, 6.4), **TIGHT)
+    axes.imshow(kind.numpy(), cmap=ListedColormap(["white", "#1f4e79", "#6fa8dc", "#f6b26b"]), interpolation="nearest")
+    for c, start in enumerate(cells.route.starts[1:-1], 1):
+        region = c % config.region_size == 0
+        for line in (axes.axhline, axes.axvline):
+            line(start - 0.5, color="black" if region else "grey", lw=0.8 if region else 0.25)
+    for color, label in (("#1f4e79", "own cell"), ("#6fa8dc", "ring: the cell before"), ("#f6b26b", "region edges")):
+        axes.plot([], [], "s", color=color, label=label)
+    axes.legend(loc="upper right")
+    share = mask.float().sum() / (T * (T + 1) / 2)
+    axes.set(xlabel="key position", ylabel="query position")
+    cells_and_regions = f"{len(cells.route.starts) - 1} cells, regions of {config.region_size} (black)"
+    axes.set_title(f"{cells_and_regions}: {share:.0%} of the causal pairs")
+    return figure
+
+
 # picture: (rows that show it, the first finished one is drawn; how)
 PICTURES = {
     "routing": (("region_edges", "block_sparse_1"), picture_routing),
@@ -276,3 +330,34 @@ PICTURES = {
 COMPARISONS = {
     "alignment": (("fa", "fa_grape", "dfa", "dfa_grape", "sign_sym", "sign_sym_init"), picture_alignment),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+
+@dataclass
+class PictureConfig:
+    # -- picture ------------------------------------------------------------------------------------------------------
+    file: str = ""  # the PNG to write; empty = the picture's name
+
+
+def main(argv=None):
+    with configurator.one_line_errors("lab.pictures", CheckpointError, DataError, OSError):
+        words = (sys.argv[1:] if argv is None else argv) or ["--help"]
+        name, *folders = [w for w in words if not w.startswith("-")] or [""]
+        cfg = configurator.read([w for w in words if w.startswith("-")], PictureConfig, doc=__doc__)
+        file = cfg.build(PictureConfig).file or f"{name}.png"
+        known = PICTURES | COMPARISONS
+        if name not in known:
+            raise ConfigError(f"{name or 'a picture'}: expected {' or '.join(known)} first")
+        if not folders or (name in PICTURES and len(folders) > 1):
+            raise ConfigError(f"{name}: name the folder of a run{' or more' * (name in COMPARISONS)}")
+        draw = known[name][1]
+        figure = draw(folders[0]) if name in PICTURES else draw({Path(folder).name: folder for folder in folders})
+        Path(file).write_bytes(png(figure))
+    print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,17 +1,17 @@
 """
-Which ideas help? Trains every config with several seeds and learning rates through train.py, and reports.
+Which ideas help? Trains configs with several seeds and learning rates through train.py, and reports.
 
-    python ablate.py config/ablation/*.py --seeds=3 --tune --jobs=2
-    python ablate.py --time      # each row's training step beside the baseline's, taking turns; trains nothing
-    python ablate.py --report    # tables in docs/results.md, plots, a page that opens offline; trains nothing
-    python ablate.py --pictures  # what the ideas look like inside trained models; trains nothing
+    python -m lab.ablate config/ablation/*.py --seeds=3 --tune --jobs=2
+    python -m lab.ablate --time      # each row's training step beside the baseline's, taking turns; trains nothing
+    python -m lab.ablate --report    # tables in docs/results.md, plots, a page that opens offline; trains nothing
+    python -m lab.ablate --pictures  # what the ideas look like inside trained models; trains nothing
 
-A run is OUT_DIR/ROW/lrX-seedY, ROW the config's name; the next call leaves finished runs alone, goes on with stopped
-ones and tries failed ones again. --report keeps what finished runs say in docs/results/NAME.jsonl (OUT_DIR without
-out-), which is committed: a run of those records with the same settings counts as finished too, so that a comparison
-can be spread over days and machines. --tune also trains each row at the best learning rate of a small grid, searched
-with one seed by one row of a family, whose other rows take it over. Another recipe, commas between its files
-(--recipe=config/train_shakespeare_char_cpu.py,config/block_512.py), needs an --out_dir of its own.
+A run is OUT_DIR/ROW/lrX-seedY, ROW the config's name; the next call leaves finished runs alone, continues stopped ones
+and tries failed ones again. --report writes the results of finished runs to docs/results/NAME.jsonl (NAME: OUT_DIR
+without out-), which is committed: a run of those records with the same settings counts as finished too, so that a
+comparison can be spread over days and machines. --tune also trains each row at the best learning rate of a small grid,
+searched with one seed for one row per family; the other rows of the family use what it found. Another recipe, with
+commas between its files (--recipe=config/train_shakespeare_char_cpu.py,config/block_512.py), needs its own --out_dir.
 """
 
 import base64
@@ -34,13 +34,12 @@ from subprocess import DEVNULL, Popen
 
 import numpy as np
 
-import bench
 import configurator
-import pictures
-from configurator import ROOT, ConfigError
+from configurator import ROOT, ConfigError, check_values
 from data.corpus import replace_file
+from lab import bench, measure, pictures
+from lab.pictures import TIGHT, png, pyplot
 from model import GPT, GPTConfig
-from pictures import TIGHT, png, pyplot
 from train import TrainConfig
 
 
@@ -50,22 +49,20 @@ class AblateConfig:
 
     # -- ablation -----------------------------------------------------------------------------------------------------
     recipe: str = "config/train_shakespeare_char_cpu.py"  # config files that come before each row's, with commas
-    seeds: int = 3  # seeds 0, 1, ... of each row
+    seeds: int = 3  # how many seeds, 0, 1, ..., per row
     max_iters: int | None = None  # steps of a run, its schedule included; None = the recipe's
     learning_rates: str = ""  # with commas; empty = the recipe's own
     tune: bool = False  # also at the best learning rate of --grid
     grid: str = "1e-3,2e-3,3e-3,5e-3"  # learning rates that --tune tries with seed 0
-    jobs: int = 1  # runs at a time; with several, one thread each
+    jobs: int = 1  # runs at a time; if more than one, with one thread each
     out_dir: str = "out-ablation"  # where runs lie
     time: bool = False  # measure the steps of finished rows that were not measured yet, and train nothing
-    report: bool = False  # write what finished runs say, and train nothing
+    report: bool = False  # write the results of finished runs, and train nothing
     pictures: bool = False  # draw ideas from checkpoints, and train nothing
     docs: str = "docs"  # where --report and --pictures write: results.md, a page named as out_dir, img/, results/
 
     def __post_init__(self):
-        for name in ("seeds", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        check_values(self, {"seeds jobs": "[1, inf)", "max_iters": "[0, inf)"})
         numbers("learning_rates", self.learning_rates)
         if not numbers("grid", self.grid):
             raise ValueError("grid: name at least one learning rate")
@@ -81,7 +78,7 @@ class AblateConfig:
 
     @property
     def records(self):
-        """The file of committed records, a line a run."""
+        """The file of committed records, one line per run."""
         return Path(self.docs) / "results" / f"{self.name}.jsonl"
 
     @property
@@ -171,7 +168,7 @@ class Run:
         return {k: v for k, v in self.facts["model_args"].items() if k in DEFAULTS and v != DEFAULTS[k]}
 
     def recall(self, record):
-        """Take over what a record says."""
+        """The run as a record describes it."""
         self.failed = None
         for name in ("asked", "facts", "evaluations", "steps"):
             setattr(self, name, record[name])
@@ -184,12 +181,12 @@ class Run:
 
     @property
     def loss(self):
-        """Nats a token on the whole val split, after the last step."""
+        """Nats per token on the whole val split, after the last step."""
         return self.evaluations[-1]["val_loss"]
 
     @property
     def speed(self):
-        """Training tokens a second, median over log lines but the first."""
+        """Training tokens per second, median over all log lines except the first."""
         return statistics.median([line["tokens_per_s"] for line in self.steps[1:] or self.steps])
 
     @property
@@ -267,7 +264,7 @@ def learning_rates(cfg, recipe):
 
 
 def resolve(words):
-    """Every setting that `words` give; None if they are wrong, which train.py itself will tell."""
+    """Every setting that `words` give; None if they are wrong, which train.py itself will report."""
     try:
         settings = configurator.read(words, TrainConfig, GPTConfig)
     except ConfigError:
@@ -315,7 +312,7 @@ def start(cfg, run):
 
 
 def finish(run, status):
-    """Look at what an ended process left: mark a failure, tidy up after a success. Returns a word on it."""
+    """Read what an ended process left: mark a failure, delete what a success does not need. Returns a line on it."""
     if status:
         last = (run.folder / "train.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         why = f"killed by signal {-status}" if status < 0 else (last or ["no output"])[0]
@@ -359,7 +356,7 @@ def train(cfg, runs):
 
 
 def tune(cfg, rows):
-    """What `tuned` says of the rows, after training what the search needs: a row of each family, seed 0, the grid."""
+    """The result of `tuned` after training what it needs: one row per family with seed 0 at all rates of the grid."""
     members = {}
     for row in rows:
         members.setdefault(family(row), []).append(row)
@@ -448,7 +445,8 @@ class Difference:
 
 
 def difference(losses, base):
-    """Of {seed: loss} from {seed: loss}: over common seeds if there are two or more, else Welch's, else no interval."""
+    """{seed: loss} minus {seed: loss}: paired over common seeds if there are two or more, else Welch's, else without an
+    interval."""
     common = sorted(losses.keys() & base.keys())
     if len(common) >= 2:
         each = [losses[seed] - base[seed] for seed in common]
@@ -470,7 +468,8 @@ def mean_std(values):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The report. A column is a learning rate: {row: finished runs}. Rows of a table are dicts, header to (text, number).
+# The report. A column of results is {row: finished runs} at one learning rate. A table is a list of its lines, each a
+# dict from a header to (the text shown, the number to sort by).
 
 
 def columns_of(cfg, runs):
@@ -490,7 +489,7 @@ def columns_of(cfg, runs):
 
 
 def mflops(run):
-    """Training MFLOPs a token, as the model that its flags build says."""
+    """Training MFLOPs per token of the model that the run's flags build."""
     return flops(json.dumps(run.facts["model_args"])) / 1e6
 
 
@@ -502,7 +501,7 @@ def flops(model_args):
 
 
 def quality(rows, found=None):
-    """Table rows {header: (text, number)} of losses in a column, best first; found: for "tuned", `best_rates`."""
+    """The table of losses in a column, best first; found: for "tuned", `best_rates`."""
     base = {run.seed: run.loss for run in rows.get(BASELINE, [])}
     table = []
     for row, runs in rows.items():
@@ -514,7 +513,7 @@ def quality(rows, found=None):
             cells["lr"] = (f"{runs[0].lr:g}" + edge_mark(found[row]), runs[0].lr)
         cells["to baseline"] = (str(gap), gap.mean) if gap else ("", 0.0)
         cells["verdict"] = (gap.verdict, gap.verdict) if gap else ("", "")
-        cells["bits a byte"] = (f"{statistics.fmean(bpb):.4f}", statistics.fmean(bpb)) if bpb else ("", None)
+        cells["bits per byte"] = (f"{statistics.fmean(bpb):.4f}", statistics.fmean(bpb)) if bpb else ("", None)
         cells["seeds"] = (str(len(runs)), len(runs))
         table.append(cells)
     return sorted(table, key=lambda cells: cells["val loss"][1])
@@ -526,7 +525,7 @@ def edge_mark(found):
 
 
 def costs(rows, timings):
-    """Table rows of what each row costs: parameters, FLOPs, speed, memory, sparsity."""
+    """The table of what each row costs: parameters, FLOPs, speed, memory, sparsity."""
     table = []
     base = rows.get(BASELINE)
     for row, runs in rows.items():
@@ -537,7 +536,7 @@ def costs(rows, timings):
         table.append({
             "row": (row, row),
             "parameters": (f"{count:,}" + share(count, against[0]), count),
-            "MFLOPs a token": (f"{flops:.2f}" + share(flops, against[1]), flops),
+            "MFLOPs per token": (f"{flops:.2f}" + share(flops, against[1]), flops),
             "speed": speed_of(row, rows, timings) if is_timed(row, timings) else ("", None),
             "peak MB": (f"{memory:,.0f}", memory) if memory else ("", None),
             "measured": (", ".join(f"{k} {v:.3f}" for k, v in measured.items()), measured.get("sparsity")),
@@ -546,7 +545,7 @@ def costs(rows, timings):
 
 
 def is_timed(row, timings):
-    """Whether a row's speed may be told: where --time measured some, what others logged may be off by a factor."""
+    """Whether a row's speed is shown: where --time measured some rows, the logs of others may be off by a factor."""
     return not timings or row in (*timings, BASELINE)
 
 
@@ -566,7 +565,7 @@ def median_of(runs, name):
 
 
 def at_the_baselines_time(rows, timings):
-    """Table rows: losses after the time that the baseline trained, and the difference to its end."""
+    """The table of losses after the time that the baseline trained, and of the difference to its end."""
     end = {run.seed: run.loss for run in rows[BASELINE]}
     table = []
     for row, runs in rows.items():
@@ -616,8 +615,8 @@ def describe(cfg, runs):
         f"machine {'; '.join(machines)}, {' or '.join(map(str, jobs))} run(s) at a time; commits "
         + ", ".join(f"{commit} ({n})" for commit, n in commits.most_common()) + ". "
         f"A run is `python train.py {recipes[0]} CONFIG --learning_rate=LR --seed=SEED --eval_full=True`, its config "
-        "and flags are on the page; several at once: `python ablate.py CONFIG ... --seeds=N --learning_rates=LR`. "
-        "Loss: nats a token on the whole val split after the last step, mean ± standard deviation over seeds. "
+        "and flags are on the page; several at once: `python -m lab.ablate CONFIG ... --seeds=N --learning_rates=LR`. "
+        "Loss: nats per token on the whole val split after the last step, mean ± standard deviation over seeds. "
         "The difference to the baseline of the same column has a 95 % t interval, paired by seed where two or more "
         "seeds are common, else Welch's; \"better\" and \"worse\" say that it leaves out 0, which one comparison in "
         "twenty does by chance."
@@ -668,7 +667,9 @@ def report(cfg, runs):
     rows = list(columns_of(cfg, runs).items())[-1]
     for folder in ("img", "results"):
         (docs / folder).mkdir(parents=True, exist_ok=True)
-    records = "".join(json.dumps(run.record()) + "\n" for run in find_runs(cfg) if run.is_done)  # of all rows
+    records = "".join(
+        json.dumps(run.record()) + "\n" for run in find_runs(cfg) if run.is_done
+    )  # all rows, not only those reported
     replace_file(cfg.records, records.encode())
     timings = read_json(cfg.timings) or {}
     plots = {f"{cfg.name}-pareto": plot_pareto(*rows, timings)}
@@ -677,7 +678,7 @@ def report(cfg, runs):
     for name, data in plots.items():
         replace_file(docs / "img" / f"{name}.png", data)
     replace_file(docs / f"{cfg.name}.html", page(cfg, intro, parts, plots, runs, failed).encode())
-    link = f"The same, sortable and with every config: [{cfg.name}.html]({cfg.name}.html)."
+    link = f"The same, sortable and with every config: docs/{cfg.name}.html, which `make report` builds."
     text = [f"## Comparison: {cfg.name}", intro, link]
     for title, remark, table in parts:
         if title.startswith("Matched parameters"):  # nearly the table before it: the page has it
@@ -708,7 +709,7 @@ def write_between_marks(path, name, text):
 
 
 def ceiling(losses):
-    """(the highest loss that a plot shows, a word on how many rows lie above): of many rows the worst tenth is cut."""
+    """(the highest loss that a plot shows, how many rows lie above, in words): the worst tenth of many rows is cut."""
     losses = list(losses)
     top = float(np.quantile(losses, 0.9, method="higher")) if len(losses) > 20 else max(losses)
     above = sum(loss > top for loss in losses)
@@ -731,7 +732,7 @@ def plot_curves(column, rows, named=10):
         axes.plot(tokens, mean, **style)
     losses = [statistics.fmean(run.loss for run in runs) for runs in rows.values()]
     top, _ = ceiling(losses)
-    axes.set(xlabel="tokens", ylabel="val loss, nats a token", title=f"Loss, {column}")
+    axes.set(xlabel="tokens", ylabel="val loss, nats per token", title=f"Loss, {column}")
     axes.set_ylim(min(losses) - 0.1, top + 1.0)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=8)
@@ -746,15 +747,15 @@ def front(points):
 
 
 def plot_pareto(column, rows, timings):
-    """Loss against parameters, FLOPs and time a step; rows on the front are named."""
+    """Loss against parameters, FLOPs and time per step; rows on the front are named."""
     figure, panels = pyplot().subplots(1, 3, figsize=(15, 5), **TIGHT, sharey=True)
     losses = {row: statistics.fmean(run.loss for run in runs) for row, runs in rows.items()}
     top, above = ceiling(losses.values())
     margin = 0.05 * (top - min(losses.values()) or 1.0)
     prices = {
         "parameters": lambda row: rows[row][0].facts["parameters"],
-        "MFLOPs a token": lambda row: mflops(rows[row][0]),
-        "time of a step, baseline = 1" if BASELINE in rows else "s a token": lambda row: (
+        "MFLOPs per token": lambda row: mflops(rows[row][0]),
+        "time per step, baseline = 1" if BASELINE in rows else "s per token": lambda row: (
             1 / speed_of(row, rows, timings)[1]
         ),
     }
@@ -770,7 +771,7 @@ def plot_pareto(column, rows, timings):
                 labels.append(y)
         axes.set(xlabel=label, xscale="log" if max(costs) > 5 * min(costs) else "linear")
         axes.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel("val loss, nats a token")
+    panels[0].set_ylabel("val loss, nats per token")
     panels[0].set_ylim(min(losses.values()) - margin, top + margin)
     figure.suptitle(f"Loss against cost, {column}; red: nothing is both cheaper and better{above}")
     return png(figure)
@@ -825,7 +826,7 @@ def page(cfg, intro, parts, plots, runs, failed):
 
 
 def time_rows(cfg, runs):
-    """Measure the step of each row beside the baseline's, and its memory, into cfg.timings, row after row."""
+    """Measure each row's training step beside the baseline's, and its memory; cfg.timings is written after each row."""
     first = {run.row: run for run in reversed(runs) if run.is_done}
     if BASELINE not in first:
         raise ConfigError(f"{cfg.out_dir}: no finished run of {BASELINE}, which speeds are compared with")
@@ -839,10 +840,10 @@ def time_rows(cfg, runs):
                 name: partial(bench.our_step, first[name].changed_args, first[name].asked["settings"]["batch_size"],
                               "cpu", folder, "auto") for name in (BASELINE, row)
             }  # fmt: skip
-            steps = {name: partial(bench.several, make(), 5) for name, make in both.items()}
-            measured = bench.speeds(bench.interleave(steps, 11, "cpu"))[-1]
+            steps = {name: partial(measure.repeat, make(), 5) for name, make in both.items()}
+            measured = measure.speeds(measure.interleave(steps, 11, "cpu"))[-1]
             found[row] = {k: round(measured[k], 4) for k in ("speed", "low", "high")}
-            found[row]["memory_mb"] = bench.in_fresh_process(bench.peak_memory, both[row], "cpu")
+            found[row]["memory_mb"] = measure.in_fresh_process(measure.peak_memory, both[row], "cpu")
             print(f"{row}: {found[row]['speed']:.2f}x, {found[row]['memory_mb']} MB", flush=True)
             replace_file(cfg.timings, (json.dumps(found, indent=1) + "\n").encode())
 
@@ -872,7 +873,7 @@ def split_words(words):
 
 
 def main(argv=None):
-    with configurator.one_line_errors("ablate.py", OSError):
+    with configurator.one_line_errors("lab.ablate", OSError):
         files, words = split_words(sys.argv[1:] if argv is None else argv)
         cfg = configurator.read(words or ([] if files else ["--help"]), AblateConfig, doc=__doc__).build(AblateConfig)
         rows = find_rows(files)
@@ -887,7 +888,7 @@ def main(argv=None):
             return
         if not rows:
             raise ConfigError(
-                "name the config files to train, config/ablation/*.py say; or --time, --report, --pictures"
+                "name the config files to train, such as config/ablation/*.py; or --time, --report, --pictures"
             )
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as with Ctrl-C, stop the runs
         succeeded = train_rows(cfg, rows)

@@ -1,0 +1,1 @@
+"""Everything that measures: comparisons (ablate), speed and memory (bench), pictures. `python -m lab.NAME --help`."""
