@@ -19,6 +19,7 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 600  # seconds until what never comes is a failure: no measure of speed, for a busy machine has its own
 SHARED = ROOT.parent / "shared" / "data"
 
 LINES = """\
@@ -53,12 +54,12 @@ def shakespeare(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cli():
-    """cli("train.py", "--key=value", ..., input=None, env={}, cwd=None, timeout=120) -> CompletedProcess, in text.
+    """cli("train.py", "--key=value", ..., input=None, env={}, cwd=None, timeout=PATIENCE) -> CompletedProcess, in text.
 
     Runs with the tests' own Python. The exit status is not checked. With `input` in bytes all streams are bytes.
     """
 
-    def run(script, *args, input=None, env=None, cwd=None, timeout=120):
+    def run(script, *args, input=None, env=None, cwd=None, timeout=PATIENCE):
         text = {} if isinstance(input, bytes) else {"text": True, "encoding": "utf-8"}
         stdin = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
         return subprocess.run(

@@ -564,7 +564,7 @@ def script(tmp_path_factory):
 
     def run(*words):
         command = [sys.executable, str(folder / "tiny.py"), *words]
-        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=folder, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=folder, timeout=600)
 
     return run
 
