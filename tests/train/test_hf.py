@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from conftest import SHARED
 
 import sample
 import train
+from helpers import SHARED
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")

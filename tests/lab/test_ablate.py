@@ -14,13 +14,13 @@ from contextlib import redirect_stdout
 from html.parser import HTMLParser
 
 import pytest
-from conftest import ROOT
 from scipy import stats
-from test_train import run_here as train_here
 
 import ablate
 from ablate import T_975, AblateConfig, Difference, Run, difference, family, find_runs, front
 from configurator import ConfigError
+from helpers import ROOT
+from helpers import run_here as train_here
 
 TINY = """
 data_dir, dataset = {folder!r}, {name!r}

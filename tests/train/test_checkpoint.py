@@ -20,11 +20,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE
-from test_train import ROOT, flags, history, losses, run_here, same, wait_for
 
 import sample
 import train
+from helpers import PATIENCE, ROOT, flags, history, losses, run_here, same, wait_for
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint, save_checkpoint
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=11)

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
-from test_train import run_here as train_here
 
 import pictures
+from helpers import ROOT
+from helpers import run_here as train_here
 
 pytest.importorskip("matplotlib")
 TINY = (

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE
-from test_train import DRIVER, ROOT, TIMING, flags, history, losses, run_here, same, wait_for
 
+from helpers import DRIVER, PATIENCE, ROOT, TIMING, flags, history, losses, run_here, same, wait_for
 from model import GPT, load_checkpoint
 from train import find_checkpoint
 
