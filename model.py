@@ -1578,7 +1578,7 @@ class SpectralPartitioner(nn.Module):
         self.counted.zero_()
         if self.step % 100 == 0:
             self.group.copy_(torch.tensor(karmarkar_karp(self.level.double().tolist(), self.groups)))
-            members = F.one_hot(self.group, self.groups).float()  # (C, groups)
+            members = F.one_hot(self.group, self.groups).to(self.level.dtype)  # (C, groups)
             mean = (self.level @ members) / members.sum(0).clamp(min=1)
             self.gain.copy_((self.level.mean() / mean.clamp(min=1e-6))[self.group].clamp(0.1, 10.0))
         self.step += 1

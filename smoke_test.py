@@ -25,8 +25,8 @@ SDR = {"sdr_size": 256, "sdr_active": 8}  # bits that suit a vocabulary of 61
 LOCAL = {"tie_weights": False}  # other rules than backpropagation need it
 KNOTS = {"knot_block": 6, "knot_vertices": 6, "knot_threshold": 1.0, "knot_k": 2}  # and knots that suit such cells
 
-# Every variant, by the flags that switch it on. tests/test_contracts.py runs all contracts over this table: a new flag
-# is a new row here.
+# Every variant, by the flags that switch it on. tests/contracts/test_contracts.py runs all contracts over this table:
+# a new flag is a new row here.
 VARIANTS = {
     "baseline": {},
     "no_bias": {"bias": False},

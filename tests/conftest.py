@@ -4,40 +4,21 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 
 import pytest
 from hypothesis import settings
 
-from data.corpus import build_tokenizer, write_dataset
+pytest.register_assert_rewrite("helpers")
+
+from data.corpus import build_tokenizer, write_dataset  # noqa: E402
+from helpers import LINES, PATIENCE, ROOT  # noqa: E402
 
 # CI runs the same examples every time; at a desk, new ones are tried
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"
-
-LINES = """\
-HAMLET: To be, or not to be, that is the question:
-Whether 'tis nobler in the mind to suffer
-The slings and arrows of outrageous fortune,
-Or to take arms against a sea of troubles
-And by opposing end them. To die: to sleep;
-No more; and by a sleep to say we end
-The heart-ache and the thousand natural shocks
-That flesh is heir to, 'tis a consummation
-Devoutly to be wish'd. To die, to sleep;
-ROMEO: But, soft! what light through yonder window breaks?
-It is the east, and Juliet is the sun.
-JULIET: O Romeo, Romeo! wherefore art thou Romeo?
-Deny thy father and refuse thy name;
-Or, if thou wilt not, be but sworn my love,
-And I'll no longer be a Capulet.
-""".splitlines(keepends=True)
 
 
 @pytest.fixture(scope="session")
@@ -53,12 +34,12 @@ def shakespeare(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cli():
-    """cli("train.py", "--key=value", ..., input=None, env={}, cwd=None, timeout=120) -> CompletedProcess, in text.
+    """cli("train.py", "--key=value", ..., input=None, env={}, cwd=None) -> CompletedProcess, in text.
 
     Runs with the tests' own Python. The exit status is not checked. With `input` in bytes all streams are bytes.
     """
 
-    def run(script, *args, input=None, env=None, cwd=None, timeout=120):
+    def run(script, *args, input=None, env=None, cwd=None, timeout=PATIENCE):
         text = {} if isinstance(input, bytes) else {"text": True, "encoding": "utf-8"}
         stdin = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
         return subprocess.run(

@@ -22,10 +22,10 @@ if not torch.cuda.is_available():
 @pytest.mark.parametrize(
     "script, names",
     [
-        ("tests/test_block_sparse_triton.py", "softmax per_head sigmoid"),
-        ("tests/test_block_sparse_triton.py", "low_precision corners contracts repeats lists"),
-        ("tests/test_fhn_triton.py", "scans one_step two_steps more_steps"),
-        ("tests/test_fhn_triton.py", "low_precision limits split contracts"),
+        ("tests/kernels/test_block_sparse_triton.py", "softmax per_head sigmoid"),
+        ("tests/kernels/test_block_sparse_triton.py", "low_precision corners contracts repeats lists"),
+        ("tests/kernels/test_fhn_triton.py", "scans one_step two_steps more_steps"),
+        ("tests/kernels/test_fhn_triton.py", "low_precision limits split contracts"),
     ],
 )
 def test_kernels_compiled(cli, script, names):

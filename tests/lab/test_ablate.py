@@ -14,11 +14,11 @@ from contextlib import redirect_stdout
 from html.parser import HTMLParser
 
 import pytest
-from conftest import ROOT
 from scipy import stats
-from test_train import run_here as train_here
 
 from configurator import ConfigError
+from helpers import ROOT
+from helpers import run_here as train_here
 from lab import ablate
 from lab.ablate import T_975, AblateConfig, Difference, Run, difference, family, find_runs, front
 

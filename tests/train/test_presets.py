@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
 
 import configurator
 import model as model_module
 from data.dataset import TokenDataset
+from helpers import ROOT
 from model import GPT, Cells, GPTConfig, SpectralDecomposition
 from train import TrainConfig, Trainer, World, build_model
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from conftest import SHARED
 
 import sample
 import train
+from helpers import SHARED
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
@@ -217,7 +217,7 @@ def words(shakespeare, script, init_from, tmp_path):
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
 def test_gpt2_without_a_network(script, shakespeare, tmp_path, cli):
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = cli(*words(shakespeare, script, "gpt2", tmp_path), env=env, timeout=60)
+    done = cli(*words(shakespeare, script, "gpt2", tmp_path), env=env)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"{script}: error: --init_from=gpt2: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,8 +15,7 @@ from hypothesis import strategies as st
 
 import configurator
 from configurator import ConfigError, check_values, inside, one_line_errors, read
-
-ROOT = Path(configurator.__file__).parent
+from helpers import PATIENCE, ROOT
 
 
 @dataclass
@@ -564,7 +562,7 @@ def script(tmp_path_factory):
 
     def run(*words):
         command = [sys.executable, str(folder / "tiny.py"), *words]
-        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=folder, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=folder, timeout=PATIENCE)
 
     return run
 

@@ -5,29 +5,28 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import ROOT, TIMING, flags, history, losses, run_here, same, wait_for
 
+from helpers import DRIVER, PATIENCE, ROOT, TIMING, flags, history, losses, run_here, same, wait_for
 from model import GPT, load_checkpoint
 from train import find_checkpoint
 
 FOUR = {"gradient_accumulation_steps": 4, "max_iters": 6, "eval_interval": 3, "eval_full": True}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.fixture
 def start():
-    """start(*words): train.py in two processes under torchrun. What a failed test leaves running is ended."""
+    """start(*words, script=train.py): two processes under torchrun. What a failed test leaves running is ended."""
     jobs = []
 
-    def run(*words):
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
+    def run(*words, script=ROOT / "train.py", **env):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        jobs.append(subprocess.Popen([*TORCHRUN, *words], **pipes, env=env))
+        jobs.append(subprocess.Popen([*TORCHRUN, script, *words], **pipes, env=env))
         return jobs[-1]
 
     yield run
@@ -38,9 +37,9 @@ def start():
             job.wait()
 
 
-def finish(process, seconds=90):
-    """(exit status, stdout, stderr) of a job that must end by itself."""
-    stdout, stderr = process.communicate(timeout=seconds)
+def finish(process):
+    """(exit status, stdout, stderr) of a job that must end by itself: well before gloo gives up, after half an hour."""
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     return process.returncode, stdout, stderr
 
 
@@ -59,10 +58,10 @@ def workers(process):
 
 @pytest.fixture
 def together(start):
-    """together(*words): what a run in two processes that ends well prints."""
+    """together(*words): what a run of two processes in float64 prints, which must end well."""
 
     def run(*words):
-        status, stdout, stderr = finish(start(*words))
+        status, stdout, stderr = finish(start(*words, script=DRIVER, FLOAT64="1"))
         assert status == 0, stderr
         return stdout
 
@@ -73,19 +72,29 @@ def weights(out):
     return load_checkpoint(out / "ckpt_last.pt")["model"]
 
 
-def assert_close(a, b, tolerance=1e-5):
+def run_alone(*words):
+    """Exit status of a run in this process and in float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        return run_here(*words)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def assert_close(a, b):
+    """In float64, gradients of the same batch differ by about 1e-17, and AdamW divides them by 1e-8 or more."""
     for x, y in zip(history(a, TIMING), history(b, TIMING), strict=True):
-        assert x == pytest.approx(y, abs=tolerance)
+        assert x == pytest.approx(y, rel=1e-9, abs=1e-9)
     a, b = weights(a), weights(b)
-    assert a.keys() == b.keys()
-    assert max((a[k] - b[k]).abs().max().item() for k in a) <= tolerance
+    assert a.keys() == b.keys() and {x.dtype for x in a.values()} == {torch.float64}
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-9
 
 
 @pytest.fixture(scope="module")
 def alone(shakespeare, tmp_path_factory):
     """The folder of a run in one process."""
     out = tmp_path_factory.mktemp("alone")
-    assert run_here(*flags(shakespeare, out, **FOUR)) == 0
+    assert run_alone(*flags(shakespeare, out, **FOUR)) == 0
     return out
 
 
@@ -104,14 +113,14 @@ def test_two_processes_equal_one(together, shakespeare, alone, tmp_path):
 
 def test_two_processes_go_on_where_one_stopped_and_back(together, shakespeare, alone, tmp_path):
     given = FOUR | {"lr_decay_iters": 6, "max_iters": 2}
-    assert run_here(*flags(shakespeare, tmp_path, **given)) == 0
+    assert run_alone(*flags(shakespeare, tmp_path, **given)) == 0
     resume = [f"--out_dir={tmp_path}", "--init_from=resume"]
     together(*resume, "--max_iters=4")
     assert len(load_checkpoint(tmp_path / "ckpt_last.pt")["rng"]) == 2
-    assert run_here(*resume, "--max_iters=6") == 0
-    assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-5)
+    assert run_alone(*resume, "--max_iters=6") == 0
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-9)
     a, b = weights(tmp_path), weights(alone)
-    assert max((a[k] - b[k]).abs().max().item() for k in a) <= 1e-5
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-9
 
 
 def test_resume_of_two_processes_is_exact_with_dropout(together, shakespeare, tmp_path):
@@ -156,10 +165,9 @@ def test_a_signal_saves_and_ends(target, number, start, shakespeare, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_ends_the_job(rank, start, shakespeare, tmp_path):
     process, by_rank = endless(start, shakespeare, tmp_path)
-    began = time.monotonic()
     os.kill(by_rank[rank], signal.SIGKILL)
     status, _, _ = finish(process)
-    assert status != 0 and time.monotonic() - began < 40
+    assert status != 0
     last = load_checkpoint(find_checkpoint(tmp_path))
     GPT.from_checkpoint(last)
     assert last["iter_num"] >= 20 and last["iter_num"] % 20 == 0

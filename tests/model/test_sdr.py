@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import FIXTURES
 from kernels.engram import context_winners, k_winners, recall, reference, unpack, willshaw, willshaw_reference
 from model import (
     ContextEncoder,
@@ -24,7 +24,7 @@ from model import (
     distinct,
 )
 
-FLA = json.loads((Path(__file__).parent / "fixtures" / "fla.json").read_text())
+FLA = json.loads((FIXTURES / "fla.json").read_text())
 RULES = ("hebb", "delta", "willshaw")
 few = settings(max_examples=30, deadline=None)
 

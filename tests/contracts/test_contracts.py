@@ -7,40 +7,36 @@ A new flag needs a row there and nothing here, unless it has a reason to be in o
 import copy
 import gc
 import os
-import re
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import LINES
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers import LINES
 from model import GPT, DecodingState, GPTConfig, load_checkpoint, save_checkpoint
-from smoke_test import SIZE, VARIANTS, all_logits, build
+from smoke_test import VARIANTS, all_logits, build
 
 EAGER_ONLY = {}  # variant: why torch.compile(fullgraph=True) cannot take it
-# variants tested in float64, where a tie has no rounding to break it
-HARD_CHOICES = {"knots", "knots_learned", "knots_and_rings", "kaufmann", "kaufmann_pattern"}
-HARD_CHOICES |= {"bio_events", "bio_adaptive", "bio_dendrites", "topk", "vq_codes", "vq_lattice", "local_all"}
-HARD_CHOICES |= {name for name in VARIANTS if name.startswith(("sdr", "everything"))}
-# variants whose training two processes repeat in float64: AdamW scales up the rounding of gradients that nearly vanish
-ROUNDING = HARD_CHOICES | {"manifold_spectral", "loss_chunk", "mfs_lowrank", "geometric"}
 STRAY = {"ln_ste"}  # variants whose surrogate error leads nowhere on text: a finding about them, see docs/variants.md
 KERNEL_SUMS = set()  # variants whose kernels may reorder sums: causal to 1e-6 and not to the last bit
+# Two ways to one number are compared in float64: the order of sums differs between CPUs, thread counts and shapes, and
+# float32's rounding of it grows into whatever a tie, a top-k or AdamW's division makes of it. Sums here have thousands
+# of terms, each right to 2e-16; the same mistake in float32 and in float64 is as large.
+EXACT = 1e-11
 
 pytestmark = pytest.mark.parametrize("name", VARIANTS)
 
 
 @pytest.fixture
 def case(name):
-    """(model in eval mode, batch of tokens (4, block_size))."""
+    """(model in float64 and eval mode, batch of tokens (4, block_size))."""
     model, idx = build(VARIANTS[name])
     perturb(model)
-    return (model.double() if name in HARD_CHOICES else model).eval(), idx
+    return model.double().eval(), idx
 
 
 def perturb(model):
@@ -64,18 +60,19 @@ def test_drop_in(case):
     targets[:, ::3] = -1
     logits, loss = model(idx, targets)
     assert logits.shape == (*idx.shape, model.config.vocab_size) and loss.shape == ()
-    wanted = F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), ignore_index=-1)
-    assert abs(loss.item() - wanted.item()) < 1e-5
+    wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    assert abs(loss.item() - wanted.item()) < EXACT
     last, no_loss = model(idx)
     assert no_loss is None and last.shape == (len(idx), 1, model.config.vocab_size)
-    assert largest(last - logits[:, -1:]) < 1e-5
+    assert largest(last - logits[:, -1:]) < EXACT
 
 
 # 2, 3 ---------------------------------------------------------------------------------------------------------------
 
 
 def test_causal(case, name):
-    model, idx = case
+    """In float32, as it is used: no sum may have a future term, however small."""
+    model, idx = case[0].float(), case[1]
     logits = all_logits(model, idx)
     for t in (1, idx.size(1) // 2, idx.size(1) - 1):
         changed = idx.clone()
@@ -102,14 +99,14 @@ def test_prefix_consistent(case):
     model, idx = case
     logits = all_logits(model, idx)
     for t in (1, 2, 7, idx.size(1) // 2, idx.size(1) - 1):
-        assert largest(all_logits(model, idx[:, :t]) - logits[:, :t]) <= 1e-5
+        assert largest(all_logits(model, idx[:, :t]) - logits[:, :t]) < EXACT
 
 
 def test_rows_are_independent(case):
     model, idx = case
     logits = all_logits(model, idx)
     for row in range(len(idx)):
-        assert largest(all_logits(model, idx[row : row + 1]) - logits[row : row + 1]) <= 1e-5
+        assert largest(all_logits(model, idx[row : row + 1]) - logits[row : row + 1]) < EXACT
 
 
 # 6 ------------------------------------------------------------------------------------------------------------------
@@ -123,7 +120,7 @@ def test_decodes_incrementally(case, sizes):
     for size in sizes:
         end += size
         stepped, _ = model(idx[:, end - size : end], state=state)
-        assert largest(stepped[:, 0] - logits[:, end - 1]) <= 1e-4
+        assert largest(stepped[:, 0] - logits[:, end - 1]) < EXACT
     assert state.pos == end == idx.size(1)
 
 
@@ -162,15 +159,16 @@ def test_compiles(name):
     if name in EAGER_ONLY:
         pytest.skip(EAGER_ONLY[name])
     model, idx = build(VARIANTS[name])
+    model.double()
     twin = copy.deepcopy(model)
     torch._dynamo.reset()
     compiled = torch.compile(twin, fullgraph=True, backend="inductor" if name == "baseline" else "aot_eager")
     for _ in range(2):
         loss, same = model(idx, idx.roll(-1, 1))[1], compiled(idx, idx.roll(-1, 1))[1]
         loss.backward(), same.backward()
-        assert abs(loss.item() - same.item()) < 1e-5
+        assert abs(loss.item() - same.item()) < EXACT
     for p, q in zip(model.parameters(), twin.parameters()):
-        assert not p.requires_grad or largest(p.grad - q.grad) < 1e-4
+        assert not p.requires_grad or largest(p.grad - q.grad) < EXACT
     assert twin.losses.keys() == model.losses.keys()
 
 
@@ -236,8 +234,7 @@ def ddp_worker(rank, folder, names):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for name in names:
-        model, _ = build(VARIANTS[name])
-        model = model.double() if name in ROUNDING else model
+        model = build(VARIANTS[name])[0].double()
         train(model, 4, slice(4 * rank, 4 * rank + 4), DistributedDataParallel(model))
         if rank == 0:
             torch.save(model.state_dict(), f"{folder}/{name}.pt")
@@ -255,12 +252,12 @@ def ddp_folder(tmp_path_factory):
 
 @pytest.mark.xdist_group("ddp")
 def test_two_processes_equal_one(name, ddp_folder):
-    model, _ = build(VARIANTS[name])
-    model = model.double() if name in ROUNDING else model
+    model = build(VARIANTS[name])[0].double()
     train(model, 4)
+    keeps_float32 = model.config.htm_meta_strength or model.config.use_fhn_partitioning  # in what they have counted
     two = torch.load(ddp_folder / f"{name}.pt", weights_only=True)
     for key, value in model.state_dict().items():
-        assert largest((two[key] - value).float()) <= 1e-5, key
+        assert largest((two[key] - value).double()) < (1e-6 if keeps_float32 else 1e-9), key
 
 
 # 10, 11 -------------------------------------------------------------------------------------------------------------
@@ -270,7 +267,7 @@ def test_eval_loss_is_the_language_model_loss_alone(case):
     model, idx = case
     logits, loss = model(idx, idx.roll(-1, 1))
     wanted = F.cross_entropy(logits.flatten(0, 1), idx.roll(-1, 1).flatten())
-    assert abs(loss.item() - wanted.item()) < 1e-5
+    assert abs(loss.item() - wanted.item()) < EXACT
     assert "lm" in model.losses and not any(v.requires_grad for v in model.losses.values())
 
 
@@ -287,11 +284,3 @@ def test_forward_keeps_nothing(name):
 
     tensors_after(3)
     assert tensors_after(5) <= tensors_after(1)
-
-
-def test_every_flag_is_documented(name):
-    """docs/variants.md has a section for every flag that a variant sets."""
-    text = (Path(__file__).parents[1] / "docs" / "variants.md").read_text(encoding="utf-8")
-    headings = " ".join(re.findall(r"^##+ (.*)$", text, re.MULTILINE))
-    for flag in VARIANTS[name].keys() - SIZE.keys():
-        assert f"`{flag}" in headings

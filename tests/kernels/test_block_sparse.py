@@ -13,9 +13,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from helpers import PATIENCE, ROOT
 from kernels.block_sparse import Route, block_sparse, block_sparse_attention, block_sparse_backward, reference
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def random_route(T, C, heads, density, generator):
@@ -450,9 +449,10 @@ print(*peaks)
 @pytest.mark.parametrize("kwargs", [{}, {"activation": "sigmoid"}])
 def test_peak_memory_is_linear(kwargs):
     """Twice the length, forward and backward: at most 2.2 times the memory."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, "-c", PEAK.replace("KWARGS", repr(kwargs))],
-        capture_output=True, text=True, timeout=100, cwd=ROOT / "tests", env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=PATIENCE, cwd=Path(__file__).parent, env=env,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     short, long = map(int, run.stdout.split())

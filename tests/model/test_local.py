@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import model as module
+from helpers import FIXTURES
 from model import (
     FA_INITS,
     GELUSTE,
@@ -38,7 +38,6 @@ from model import (
     turn_towards,
 )
 
-HERE = Path(__file__).parent
 SIZE = {"block_size": 16, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 16}
 few = settings(max_examples=20, deadline=None)
 sizes = st.integers(1, 9)
@@ -99,7 +98,7 @@ def test_feedback_equal_to_the_weight_is_backpropagation(n_in, n_out, bias, lead
 
 @pytest.mark.parametrize("name", ["fa", "usf", "brsf"])
 def test_equals_biotorch(name):
-    theirs = json.loads((HERE / "fixtures" / "biotorch.json").read_text())["layers"][name]
+    theirs = json.loads((FIXTURES / "biotorch.json").read_text())["layers"][name]
     t = {k: torch.tensor(v, dtype=torch.float64) for k, v in theirs.items()}
     method = {"fa": "fa"}.get(name, "sign_sym")
     scale = {"usf": "init", "brsf": "frozen_magnitude"}.get(name, "mean")

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from helpers import FIXTURES
 from kernels import wavekan
 from kernels.wavekan import WAVELETS, bank_reference, edges_reference, wavelet_bank, wavelet_edges
 from model import SwiGLU, WaveKAN, WaveletEdges, WaveletMap, wavelet_map
 
 FORMS = {"bank": (wavelet_bank, bank_reference), "edges": (wavelet_edges, edges_reference)}
-IKAN = json.loads((Path(__file__).parent / "fixtures" / "ikan.json").read_text())
+IKAN = json.loads((FIXTURES / "ikan.json").read_text())
 
 
 def settings_of(**flags):

@@ -22,10 +22,8 @@ from hypothesis import strategies as st
 
 from data import corpus
 from data.corpus import DataError
+from helpers import PATIENCE, ROOT, SHARED
 
-ROOT = Path(__file__).resolve().parent.parent
-
-SHARED = ROOT.parent / "shared" / "data"
 OPENWEBTEXT = ROOT / "data" / "openwebtext" / "prepare.py"
 WORDS = [
     "winter", "discontent", "glorious", "summer", "York", "clouds", "lour", "house", "bosom",
@@ -80,7 +78,7 @@ def run(script, *args, cwd=None, **env):
     cached_bpe()
     command = [sys.executable, str(script), *map(str, args)]
     env = {k: v for k, v in os.environ.items() if k != "TINYSHAKESPEARE"} | {k: str(v) for k, v in env.items()}
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=cwd, env=env, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=cwd, env=env, timeout=PATIENCE)
 
 
 def prepare(name, out_dir, *args, **env):
@@ -585,7 +583,7 @@ def start_and_wait(out_dir, *args):
     env = os.environ | {"HF_HOME": str(out_dir.parent / "hf"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(OPENWEBTEXT), *args, f"--out_dir={out_dir}", "--num_proc=2", "--save_every=300"]
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while not (out_dir / "progress.json").exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
     return process
@@ -613,7 +611,7 @@ def test_a_dead_worker_is_told_instead_of_waited_for(tmp_path):
         process.kill()
         pytest.skip("no /proc: cannot find the workers")
     os.kill(workers[0], signal.SIGKILL)
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 2 and "worker process died" in err.splitlines()[-1] and "Traceback" not in err
 
 
@@ -628,7 +626,7 @@ def test_kill_9_and_resume_give_the_same_bytes(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stderr.close()  # not communicate(): it would wait for workers that live on
-    end = time.monotonic() + 10
+    end = time.monotonic() + PATIENCE
     while any(map(is_running, workers)) and time.monotonic() < end:
         time.sleep(0.01)
     orphans = [pid for pid in workers if is_running(pid)]
@@ -820,7 +818,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         args = [f"--text_file={file}", "--tokenizer=byte", f"--out_dir={tmp_path / 'd'}", "--num_proc=1"]
         env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", PEAK, str(OPENWEBTEXT), *args]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.rpartition("peak ")[2]) / 1024)
     assert peaks[1] - peaks[0] < 30, peaks  # MiB

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
@@ -31,7 +31,7 @@ def interpreted(check):
 
 @pytest.mark.parametrize("names", ["softmax per_head", "sigmoid low_precision", "corners contracts", "repeats lists"])
 def test_interpreted(cli, names):
-    done = cli("tests/test_block_sparse_triton.py", "cpu", *names.split(), env={"TRITON_INTERPRET": "1"})
+    done = cli("tests/kernels/test_block_sparse_triton.py", "cpu", *names.split(), env={"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 

@@ -345,7 +345,8 @@ def test_causal_attention_and_its_gradients(T, dtype, tol):
     want.backward(dy.double())
     got.backward(dy)
     for a, b in [(got, want), *((r.grad, e.grad) for r, e in zip(rough, exact, strict=True))]:
-        assert (a.double() - b).norm() <= tol * b.norm() + 1e-12  # T = 1: q and k have no gradient
+        # T = 1: q and k have no gradient; what cancels there is as large as v's
+        assert (a.double() - b).norm() <= tol * max(b.norm(), exact[2].grad.norm())
 
 
 @pytest.mark.parametrize("T", [64, 600])

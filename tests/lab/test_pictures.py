@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
-from test_train import run_here as train_here
 
+from helpers import ROOT
+from helpers import run_here as train_here
 from lab import pictures
 
 pytest.importorskip("matplotlib")

@@ -5,16 +5,15 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
 import configurator
+from helpers import ROOT
 from lab import readme
 from model import GPTConfig
 from train import TrainConfig
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

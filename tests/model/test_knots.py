@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.integrate import dblquad
 from scipy.spatial.transform import Rotation
 
+from helpers import FIXTURES
 from kernels.knots import gauss_linking_integrals, linking_numbers, strand_links
 from model import (
     Cells,
@@ -30,7 +30,7 @@ from model import (
     strands,
 )
 
-FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "knots.json").read_text())
+FIXTURE = json.loads((FIXTURES / "knots.json").read_text())
 SQUARE = [[1.0, 1, 0], [-1, 1, 0], [-1, -1, 0], [1, -1, 0]]  # counterclockwise from above
 THROUGH = [[0.0, 0, -1], [0, 0, 1], [3, 0, 1], [3, 0, -1]]  # up through the square, down outside
 

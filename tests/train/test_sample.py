@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LINES
 
 import sample
 from data.corpus import Byte
+from helpers import LINES
 from model import GPT, load_checkpoint
 
 MODEL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32"]

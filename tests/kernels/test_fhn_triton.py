@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
@@ -35,7 +35,7 @@ def interpreted(check):
     ["scans scan_contracts", "one_step two_steps", "more_steps", "low_precision limits", "split traffic contracts"],
 )
 def test_interpreted(cli, names):
-    done = cli("tests/test_fhn_triton.py", "cpu", *names.split(), env={"TRITON_INTERPRET": "1"})
+    done = cli("tests/kernels/test_fhn_triton.py", "cpu", *names.split(), env={"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
