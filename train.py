@@ -355,8 +355,8 @@ class Trainer:
         torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks, weights do not
         if checkpoint is not None:
             self.restore(checkpoint)
-        if cfg.curriculum == "e7":
-            self.set_stage(max(self.iter_num - 1, 0))  # the stage of the last step
+        if cfg.curriculum == "e7":  # the stage of the last step; a new model is evaluated with all of it
+            self.set_stage(self.iter_num - 1 if self.iter_num else cfg.curriculum_iters)
         compiles = self.device_type == "cuda" if cfg.compile is None else cfg.compile
         self.forward = torch.compile(model) if compiles else model
         self.ddp = None

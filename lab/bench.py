@@ -136,17 +136,20 @@ def package_step(flags, batch, device, folder, dtype, kind, streams=4):
 
 
 REFERENCE = "nanoGPT's recipe, eager float32"
-SPECIAL = {  # rows that are no set of flags: how they make a step, and with what
+CORE = {  # rows that are no set of flags: how they make a step, and with what
     REFERENCE: {"make": nanogpt_step},
     "ours, float32": {"dtype": "float32"},
     "ours, bfloat16": {"dtype": "bfloat16"},
     "ours, bfloat16, compiled": {"dtype": "bfloat16", "compiles": True},
+}
+PACKAGE = {
     "mHC of hyper-connections, 4 streams": {"make": package_step, "kind": "mhc"},
     "HC of hyper-connections, 4 streams": {"make": package_step, "kind": "hc"},
 }
-STEP_ROWS = list(SPECIAL)[:4]
+SPECIAL = CORE | PACKAGE
+STEP_ROWS = list(CORE)
 HEAD_ROWS = ["baseline", "baseline --loss_chunk=256", "mfs", "mfs --loss_chunk=256", "l4"]
-RESIDUAL_ROWS = ["baseline", "gated_blocks", "mhc", "hc", "mla", *list(SPECIAL)[4:]]
+RESIDUAL_ROWS = ["baseline", "gated_blocks", "mhc", "hc", "mla", *PACKAGE]
 LOCAL_ROWS = ["bp", "fa", "dfa", "sign_sym"]
 EMBEDDING_ROWS = ["baseline", "sdr", "sdr_delta", "sdr_no_memory"]
 EMBEDDING_ROWS += ["manifold_sphere", "manifold_spectral", "manifold_e7", "manifold_rotor"]
@@ -171,7 +174,7 @@ def contender(row, flags, batch, device, folder, dtype):
 
 def has_package(row):
     """Whether the package of a row is installed; a line says so if not."""
-    is_there = "of hyper-connections" not in row or find_spec("hyper_connections") is not None
+    is_there = row not in PACKAGE or find_spec("hyper_connections") is not None
     if not is_there:
         print(f"{row}: skipped, the package hyper-connections is not installed")
     return is_there
@@ -201,9 +204,10 @@ def bench_config(file, rows, cfg, device):
     if device == "cpu" and weights > CPU_MOST and name not in cfg.only.split(","):
         print(f"{name}: skipped on a CPU; --only={name} runs it")
         return None
-    size = {name: values[name] for name in SIZE_FLAGS} | {k: v for k, v in flags_of(file).items() if k == "vocab_size"}
+    row = f"{shlex.quote(file)} --dropout=0"
+    size = {name: values[name] for name in SIZE_FLAGS} | {k: v for k, v in flags_of(row).items() if k == "vocab_size"}
     batch = max(1, min(values["batch_size"], 4096 // size["block_size"]))
-    rows = [REFERENCE, "baseline", f"{shlex.quote(file)} --dropout=0", *(row for row in rows if row not in SPECIAL)]
+    rows = [REFERENCE, "baseline", row, *(row for row in rows if row not in SPECIAL)]
     return bench_training(size, batch, 1, rows, cfg, device)
 
 
