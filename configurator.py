@@ -148,6 +148,7 @@ class Key:
     default: object
     meaning: str
     group: str
+    needs: str  # what it does nothing without; empty = it always acts
 
     @property
     def kinds(self):
@@ -166,9 +167,10 @@ class Key:
 
     @property
     def help(self):
-        """Choices, and what the key means."""
+        """Choices, what the key means, and its switch."""
         choices = " | ".join(f'"{choice}"' for choice in choices_of(self.kinds))
-        return f"{choices}: {self.meaning}" if choices else self.meaning
+        text = f"{choices}: {self.meaning}" if choices else self.meaning
+        return f"{text} [needs {self.needs}]" if self.needs else text
 
     def refuse(self, value, where=""):
         return ConfigError(f"{where}--{self.name}={value}: expected {self.type_name}")
@@ -199,10 +201,14 @@ class Key:
 
 
 def keys_of(*classes):
-    """{name: Key} of the fields of `classes`, in order; types, defaults and comments are read from the classes."""
+    """{name: Key} of the fields of `classes`, in order; types, defaults and comments are read from the classes.
+
+    A class may have a function switches() that returns {name: what it does nothing without}.
+    """
     keys = {}
     for cls in classes:
         meaning, group_of, group = {}, {}, cls.__name__
+        needs = cls.switches() if hasattr(cls, "switches") else {}
         for line in inspect.getsource(cls).splitlines():
             if rule := GROUP.match(line):
                 group = rule[1]
@@ -210,7 +216,8 @@ def keys_of(*classes):
                 meaning[field[1]], group_of[field[1]] = field[2], group
         for f in fields(cls):
             assert f.name not in keys and f.name in meaning, f"{f.name}: declared twice, or without its comment"
-            keys[f.name] = Key(f.name, hints_of(cls)[f.name], f.default, meaning[f.name], group_of[f.name])
+            hint, switch = hints_of(cls)[f.name], needs.get(f.name, "")
+            keys[f.name] = Key(f.name, hint, f.default, meaning[f.name], group_of[f.name], switch)
     return keys
 
 

@@ -2,38 +2,35 @@
 nanoChimera: one GPT, many strange ideas, each behind a flag.
 
 `GPTConfig()` with everything off is GPT-2 as nanoGPT builds it, to the parameter name. Every flag keeps the same
-contracts (tests/test_contracts.py): causal, prefix-consistent, batch-independent, decoded incrementally, trained by
+contracts (tests/contracts/): causal, prefix-consistent, batch-independent, decoded incrementally, trained by
 gradients that arrive, and measured against the same control.
 
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65))
     logits, loss = model(idx, targets)                # idx, targets (B, T); -1 in targets is ignored
-    tokens = model.generate(idx, 100, temperature=0)  # cached decoding
+    tokens = model.generate(idx, 100, temperature=0)  # decoding with a cache
     GPTConfig(attn_pattern="fhn,softmax", use_kan=True, pos_embedding="none")  # switch things
 
-How to read it: `GPTConfig` says what there is; `GPT` and `Block`, near the end, how it is put together. Between them
-each idea has a section, a rule with its equation, cost and source, then the code:
+How to read it: the first 900 lines are the model, that is its flags, their rules, what a forward pass carries, `Block`
+and `GPT`. The rest is a catalogue, to be opened where a flag leads. Each idea has a section: a rule with its equation,
+cost and source, then the code.
 
-    small parts       activations, decoding state, redirected errors, LocalLinear, norms with surrogate gradients
-    geometry          Poisson-disk cells, Fe-RoPE, Ramanujan positions, knots
-    token mixers      attention (softmax, sigmoid), FitzHugh-Nagumo waves, Kaufmann attention, region feedback
-    channel mixers    MLP, SwiGLU, WaveKAN, BioMLP
-    memory, manifolds SDRs, engram memory, spheres, rotors, E7, spectral coordinates; HTM-style meta-updates
-    wiring            gated residuals, hyper-connections, layer aggregation
-    heads             multi-facet softmax, slates, L4 auto-encoder
-    learning rules    limits on the stream, direct feedback alignment, GrAPE, what they are measured by
+    small parts | geometry: cells, Fe-RoPE, knots | token mixers: attention, waves, Kaufmann attention | channel mixers:
+    MLP, SwiGLU, WaveKAN, BioMLP | sparse codes, manifolds | residual wiring | heads | learning rules and limits | files
 
 References: nanoGPT (github.com/karpathy/nanoGPT); GPT-2 (Radford et al. 2019).
 """
 
-import heapq
 import math
 import os
 import pickle
 import zlib
 from bisect import bisect_right
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -41,260 +38,191 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from configurator import check_values
+from kernels import e7, knots, ramanujan
 from kernels.block_sparse import Route, block_sparse_attention, reference
-from kernels.e7 import SETS as E7_SETS
-from kernels.e7 import STAGES as E7_STAGES
-from kernels.e7 import TokensFirst, e7_apply, e7_cartan, e7_hops
-from kernels.e7 import e7_coset as e7_coset  # "as": others import these from here
-from kernels.e7 import e7_lattice_round as e7_lattice_round
-from kernels.e7 import e7_representation as e7_representation
-from kernels.e7 import e7_roots as e7_roots
-from kernels.engram import CHUNK, context_winners, intersect, k_winners, pack, recall, unpack, willshaw
-from kernels.fhn import REST_V, REST_W, fhn_propagate
+from kernels.e7 import SETS as E7_SETS, e7_apply, e7_cartan, e7_hops, e7_lattice_round
+from kernels.engram import CHUNK, SDROperations, context_winners, k_winners, recall, unpack, willshaw
+from kernels.fhn import FHN, REST_V, REST_W, FHNDynamics, fhn_bound, fhn_eps_limit, fhn_propagate
 from kernels.heads import chunked_cross_entropy, mixture_cross_entropy, mixture_log_probs, sum_dtype
 from kernels.hyper import mix, rms_project, sinkhorn, spread
-from kernels.knots import gauss_linking_integrals, linking_numbers, strand_links
+from kernels.knots import gauss_linking_integrals, strand_links
 from kernels.oscillator import oscillate
+from kernels.partition import karmarkar_karp
+from kernels.ramanujan import ramanujan_table
+from kernels.rotor import rotate_pairs, rotation
 from kernels.scan import gated_scan
-from kernels.wavekan import WAVELETS, wavelet_bank, wavelet_edges
+from kernels.wavekan import wavelet_bank, wavelet_edges
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: the single source of every model flag. configurator.py reads names, types, defaults and comments here.
 
 
-HTM_GROUP = 64  # hidden units of an MLP that make one column
-MIXERS = ("softmax", "sigmoid", "fhn", "kaufmann")
-FHN = {"a": 0.7, "b": 0.8, "eps": 0.08, "amplitude": 4.0}  # FitzHugh's own; the amplitude is ours (docs/log.md)
-
-
 @dataclass
 class GPTConfig:
-    """Everything that shapes the model. ValueError, naming the flags, for what makes no sense."""
+    """Everything that shapes the model. ValueError, naming the flag and its value, for what makes no sense."""
 
     # -- model size ---------------------------------------------------------------------------------------------------
     block_size: int = 1024  # longest context in tokens
     vocab_size: int = 50304  # token ids; train.py takes the data set's (GPT-2's 50257 is padded to a multiple of 64)
     n_layer: int = 12  # blocks
-    n_head: int = 12  # attention heads a block
+    n_head: int = 12  # attention heads per block
     n_embd: int = 768  # width of the residual stream
     dropout: float = 0.0  # on embeddings, attention weights and sublayer outputs; 0 for pre-training, 0.1+ to fine-tune
     bias: bool = True  # biases in linear layers and layer norms, as in GPT-2; False is a bit better and faster
     # -- model controls -----------------------------------------------------------------------------------------------
-    mlp_act: str = "gelu"  # "gelu" (exact, nanoGPT) | "gelu_tanh" (OpenAI's GPT-2) | "relu2" (squared ReLU)
-    pos_embedding: str = "learned"  # "learned" (block_size rows) | "none" | "ramanujan" (a fixed table, projected)
+    mlp_act: Literal["gelu", "gelu_tanh", "relu2"] = "gelu"  # exact (nanoGPT) | OpenAI's GPT-2 | squared ReLU
+    pos_embedding: Literal["learned", "none", "ramanujan"] = "learned"  # a row per position | none | a fixed table
     # -- token mixers -------------------------------------------------------------------------------------------------
     attn_mode: str = "softmax"  # "softmax" | "sigmoid" (weights that need not sum to 1) | "fhn" (waves) | "kaufmann"
     use_kaufmann_attention: bool = False  # the same as attn_mode="kaufmann"
-    attn_pattern: str = ""  # mixers that layers take in turn, "fhn,fhn,softmax" say; empty = attn_mode everywhere
-    sigmoid_bias_mode: str = "neg_log_n"  # "neg_log_n" (-log block_size) | "neg_log_i" (keys) | "zero" | "learned"
+    attn_pattern: str = ""  # mixers that layers take in turn, as in "fhn,fhn,softmax"; empty = attn_mode everywhere
+    sigmoid_bias_mode: Literal["neg_log_n", "neg_log_i", "zero", "learned"] = "neg_log_n"  # n block_size, i keys seen
     # -- channel mixers -----------------------------------------------------------------------------------------------
     use_swiglu: bool = False  # silu(W1 x) * W3 x for the MLP, with as many parameters
-    use_kan: bool = False  # learned wavelets for the MLP's activation (WaveKAN)
-    kan_wavelet: str = "mex"  # "mex" (Mexican hat) | "dog" (derivative of a Gaussian) | "morlet" (real Morlet)
-    kan_edges: str = "shared"  # "shared" (wavelets a channel, then a matrix) | "edge" (one an edge, as published; slow)
-    kan_bank: int = 2  # of kan_edges="shared": wavelets a channel
-    kan_match_params: bool = True  # hidden width for the MLP's parameters; False = 4 n_embd
+    use_kan: bool = False  # learned wavelets in place of the MLP's activation (WaveKAN)
+    kan_wavelet: Literal["mex", "dog", "morlet"] = "mex"  # Mexican hat | derivative of a Gaussian | real Morlet
+    kan_edges: Literal["shared", "edge"] = "shared"  # wavelets per channel, then a matrix | per edge, published; slow
+    kan_bank: int = 2  # wavelets per channel
+    kan_match_params: bool = True  # hidden width such that parameters equal the MLP's; False = 4 n_embd
     # -- BioMLP -------------------------------------------------------------------------------------------------------
     use_bio_mlp: bool = False  # channel mixer of oscillators: C -> dendrites -> 4C -> sparse events -> C
-    bio_omega: float = 1.0  # frequency of sin(omega x + phi) tanh(x) + baseline; omega starts at it + 0.1 N(0, 1)
-    bio_osc_learnable: bool = True  # omega, phi and baseline are parameters; False = they stay as drawn
+    bio_omega: float = 1.0  # frequency in sin(omega x + phi) tanh(x) + baseline; omega starts at it + 0.1 N(0, 1)
+    bio_osc_learnable: bool = True  # omega, phi and baseline are parameters; False = they keep their random start
     bio_compartments: int = 0  # K slices of the input, each with its own dendrite; 0 = one linear map, no dendrites
-    bio_dendrite_dim: int = 0  # units of a compartment; 0 = 4C, as published
-    bio_lateral: str = "concat"  # S reads "concat" (C and LC, as published) | "nonlinear" (C, tanh(LC)) | "none" (C)
+    bio_dendrite_dim: int = 0  # units per compartment; 0 = 4C, as published
+    bio_lateral: Literal["concat", "nonlinear", "none"] = "concat"  # soma reads C and LC (published) | C, tanh(LC) | C
     bio_threshold: float = 0.25  # an event needs a gate above this; 0 = no sparse events
-    bio_gate: str = "full"  # sigmoid(G x), G "full" (4C x 4C, as published) | "diag" | "lowrank" (rank C / 4)
-    bio_adaptive_threshold: bool = False  # a threshold a feature, steered to bio_target_sparsity once a step
-    bio_target_sparsity: float = 0.5  # the share of tokens for which a feature is to be silent
+    bio_gate: Literal["full", "diag", "lowrank"] = "full"  # sigmoid(G x), G 4C x 4C (published) | diagonal | rank C / 4
+    bio_adaptive_threshold: bool = False  # one threshold per feature, moved towards bio_target_sparsity once per step
+    bio_target_sparsity: float = 0.5  # the share of tokens for which a feature should be silent
     # -- geometric routing --------------------------------------------------------------------------------------------
     use_ferope: bool = False  # rotate queries and keys by their position (RoPE), or by their place in their cell
-    ferope_freqs: str = "log"  # radians a token: "log" (rope_base^(-i/m), RoPE) | "gaussian" (N(0, 1/anchor_min_gap))
+    ferope_freqs: Literal["log", "gaussian"] = "log"  # rope_base^(-i/m) radians per token | N(0, 1/anchor_min_gap)
     ferope_m: int = 0  # pairs of dimensions that rotate; 0 = all, head_dim // 2
     ferope_learnable: bool = False  # the frequencies are parameters
     ferope_anchor_relative: bool = False  # position counted from the cell's anchor, not from the start of the text
-    rope_base: float = 10000.0  # of "log" frequencies
+    rope_base: float = 10000.0  # base of the frequencies
     use_block_sparse: bool = False  # attend inside the own and neighbouring cells only; attention weights: no dropout
     neighbor_rings: int = 1  # how many cells back a cell can look
-    anchor_min_gap: int = 256  # tokens between anchors, at least; a cell is what lies nearest to its anchor
-    anchor_jitter: int = 32  # and up to so many more
-    anchor_seed: int = 1337  # of the anchors and of random frequencies
+    anchor_min_gap: int = 256  # least number of tokens between anchors; a cell is what lies nearest to its anchor
+    anchor_jitter: int = 32  # most tokens that are added to a gap at random
+    anchor_seed: int = 1337  # seed of the anchors and of random frequencies
     share_region_router: bool = True  # one set of anchors for all layers; False = layer l has anchor_seed + l
     region_size: int = 0  # consecutive cells that make a region; 0 = no regions
-    region_edges: int = 0  # of use_block_sparse: a region also looks at the regions 1, 2, 4, ... before it, so many
+    region_edges: int = 0  # n > 0: with use_block_sparse, a region also sees the n regions 1, 2, 4, ... before it
     use_region_feedback: bool = False  # after attention, add a gated projection of the mean of nearby regions' past
-    region_rings: int = 1  # of use_region_feedback: regions this near are neighbours
-    feedback_hops: int = 1  # of use_region_feedback: steps over the graph of neighbours
-    region_slate_include_prior: bool = True  # the regions' slate holds a moving average of past hidden states
-    region_prior_decay: float = 0.9  # a token: of that average
-    region_slate_include_error: bool = False  # and how badly the auto-encoder predicted the token; needs add_l4_losses
+    region_rings: int = 1  # regions at most this far apart are neighbours
+    feedback_hops: int = 1  # steps over the graph of neighbours
+    region_slate_include_prior: bool = True  # the regions' context summary holds a moving average of hidden states
+    region_prior_decay: float = 0.9  # decay per token of that average
+    region_slate_include_error: bool = False  # and how badly the auto-encoder predicted the token
     # -- knots --------------------------------------------------------------------------------------------------------
     use_knot_attention: bool = False  # also attend to earlier cells whose strands link the last complete cell's
-    knot_block: int = 32  # tokens a cell, where nothing else makes cells
-    knot_vertices: int = 8  # of the polygon through a cell; 3 or more can link
-    knot_threshold: float = 2.0  # linking number, by magnitude, from which cells are tied: 1 links half, 2 an eighth
+    knot_block: int = 32  # tokens per cell, where nothing else makes cells
+    knot_vertices: int = 8  # vertices of the polygon through a cell; 3 or more can link
+    knot_threshold: float = 2.0  # least |linking number| that ties two cells: 1 links half of them, 2 an eighth
     knot_k: int = 4  # earlier cells that a cell can be tied to
-    knot_learned_threshold: bool = False  # the threshold is a parameter a head, from knot_threshold - 0.5 on
+    knot_learned_threshold: bool = False  # the threshold is a parameter per head, knot_threshold - 0.5 at first
     # -- FitzHugh-Nagumo waves ----------------------------------------------------------------------------------------
-    fhn_steps: int = 2  # solver steps a layer; a stimulus goes through one gated scan along the tokens in each
+    fhn_steps: int = 2  # solver steps per layer; in each, a gated scan carries the stimulus along the tokens
     fhn_dt: float = 0.25  # time of a step, in the equation's units
-    fhn_dynamics: str = "fhn"  # "fhn" (excitable: cubic and recovery) | "linear" (neither: one gated scan, the control)
+    fhn_dynamics: Literal["fhn", "linear"] = "fhn"  # excitable: cubic and recovery | one gated scan, the control
     use_fhn_imex: bool = True  # coupling solved implicitly; False = explicit Euler, which reaches fhn_steps tokens back
     use_fhn_partitioning: bool = False  # channels in groups of balanced stimulus, normalised to a common level
-    fhn_partitions: int = 4  # of use_fhn_partitioning: groups
+    fhn_partitions: int = 4  # groups
     # -- sparse distributed representations ---------------------------------------------------------------------------
-    use_sdr: bool = False  # a token is a set of bits, its embedding the sum of their vectors; wte's place
+    use_sdr: bool = False  # wte's place: a token is a set of active bits, its embedding the sum of their vectors
     sdr_size: int = 2048  # bits, a multiple of 64
-    sdr_active: int = 40  # of them on in a token
-    sdr_boost: float = 0.1  # in training, what a bit that is always on loses in score (which spread by 0.1); 0 = off
+    sdr_active: int = 40  # active bits per token
+    sdr_boost: float = 0.1  # in training, the score that an always active bit loses (scores spread by 0.1); 0 = off
     sdr_radius: int = 2  # sites over which the map of bits is smoothed, to add a token's neighbourhood; 0 = no map
     sdr_scales: int = 4  # time constants of the context, 2, 8, 32, ... tokens; 0 = no context
-    sdr_rule: str = "hebb"  # memory of what came next: "hebb" | "delta" | "willshaw" (hebb in training) | "none"
-    sdr_decay: float = 0.99  # a token: of the sums of "hebb" and of "willshaw" in training
+    sdr_rule: Literal["hebb", "delta", "willshaw", "none"] = "hebb"  # memory of what came next; willshaw trains as hebb
+    sdr_decay: float = 0.99  # decay per token of the memory's sums
     sdr_value_dim: int = 64  # width of what the memory holds
     # -- manifolds ----------------------------------------------------------------------------------------------------
     use_manifold: bool = False  # after the embedding, add features of each token's point on a manifold
-    manifold: str = "sphere"  # "sphere" | "e7" (the coset E7(7)/SU(8)) | "rotor" (Spin(8), rotations of 28 + 28)
-    manifold_dim: int = 16  # of manifold="sphere": it lies in so many dimensions; "e7" has 70 coordinates, "rotor" 28
-    manifold_vectors: int = 1  # of manifold="e7" | "rotor": learned 56-vectors that the group's element acts on
-    geodesic_weight: float = 0.0  # of the loss that straightens the path of a text's points; 0 = off
-    skip_manifold_spectral: bool = False  # points without spectral coordinates; False = add those to queries and keys
+    manifold: Literal["sphere", "e7", "rotor"] = "sphere"  # a sphere | the coset E7(7)/SU(8) | rotations in Spin(8)
+    manifold_dim: int = 16  # dimensions of the space around the sphere ("e7" has 70 coordinates, "rotor" 28)
+    manifold_vectors: int = 1  # learned 56-vectors that the group's element acts on
+    geodesic_weight: float = 0.0  # weight of the loss that straightens the path of a text's points; 0 = off
+    skip_manifold_spectral: bool = False  # True = points alone; False = also spectral coordinates for queries and keys
     n_eigenvectors: int = 8  # spectral coordinates: eigenvectors of the landmarks' graph
     spectral_landmarks: int = 64  # learned points that make the graph
     spectral_refresh: int = 100  # optimiser steps between eigen-decompositions
     # -- residual wiring ----------------------------------------------------------------------------------------------
     gated_blocks: bool = False  # a learned scalar, 1 at first, on each sublayer's output
-    use_mhc: bool = False  # hyper-connections: mhc_streams residual streams, mixed by each sublayer
-    mhc_streams: int = 4  # of use_mhc
-    mhc_sinkhorn_iters: int = 20  # of hc_mode="mhc": how often rows and columns are normalised
-    hc_mode: str = "mhc"  # how streams mix: "mhc" (doubly stochastic: cannot amplify) | "hc" (unconstrained)
-    use_mla: bool = False  # aggregate the layers' outputs
-    mla_mode: str = "dense"  # "dense" (each block's output a learned sum of all so far) | "scalar" (a mix for the head)
+    use_mhc: bool = False  # hyper-connections: several residual streams, mixed by each sublayer
+    mhc_streams: int = 4  # residual streams
+    mhc_sinkhorn_iters: int = 20  # how often rows and columns are normalised
+    hc_mode: Literal["mhc", "hc"] = "mhc"  # how streams mix: doubly stochastic, cannot amplify | unconstrained
+    use_mla: bool = False  # layer aggregation (DenseFormer's depth-weighted average), not multi-head latent attention
+    mla_mode: Literal["dense", "scalar"] = "dense"  # each block's output a sum of all so far | a mix for the head
     # -- heads --------------------------------------------------------------------------------------------------------
     tie_weights: bool = True  # the output embedding is the token embedding; False = a table of its own
-    loss_chunk: int = 0  # tokens of logits alive at once in training, whose forward returns the last only; 0 = all
-    use_mfs_head: bool = False  # multi-facet softmax, a mixture of softmaxes: log-probabilities take the logits' place
+    loss_chunk: int = 0  # tokens whose logits exist at once in training (forward then returns the last ones); 0 = all
+    use_mfs_head: bool = False  # multi-facet softmax, a mixture of softmaxes: forward returns log-probabilities
     mfs_K: int = 3  # softmaxes that are mixed
     mfs_P: int = 4  # facets of the first softmax: token v uses facet v mod P
     mfs_layers: int = 3  # top layers that it reads
     mfs_window: int = 2  # positions before the current one that it reads too
     mfs_lowrank_r: int = 0  # rank of the facets' projections; 0 = full
     add_l4_losses: bool = False  # in training, an auto-encoder of hidden states that also predicts the token after next
-    l4_loss_weight: float = 0.1  # of its two losses in the objective
+    l4_loss_weight: float = 0.1  # weight of its two losses in the objective
     ae_window: int = 8  # hidden states that it encodes
     ae_dim: int = 0  # its bottleneck; 0 = n_embd // 4
-    slate_window: int = 8  # hidden states that the auto-encoder's slate is the mean of, where there are no regions
-    # -- local learning -----------------------------------------------------------------------------------------------
-    method: str = "bp"  # how errors go back: "bp" | "fa" (random weights) | "sign_sym" (signs of W) | "dfa" (straight)
-    frozen_seed: int = 1337  # of what is random and never trained: feedback, probes, subspaces, codes
-    fa_init_mode: str = "gaussian"  # of fa: "gaussian" | "orthogonal" | "ortho_he" (He variance) | "sparse"
-    fa_sparse_k: int = 0  # of "sparse": non-zeros a row; 0 = in / 16
-    sign_sym_scale: str = "mean"  # of sign_sym: "mean" (of |W|) | "init" (W's first std) | "frozen_magnitude" (random)
-    dfa_granularity: str = "sublayer"  # of dfa: errors arrive after each "sublayer" | "block"
-    dfa_feedback: str = "matrix"  # of dfa: "matrix" (random) | "skip" (control: the uncut residual stream alone)
-    fa_grape: bool = False  # of fa and dfa: turn feedback towards the true Jacobian by forward-mode probes
+    slate_window: int = 8  # hidden states whose mean is the auto-encoder's context summary, where there are no regions
+    # -- learning rules -----------------------------------------------------------------------------------------------
+    method: Literal["bp", "fa", "dfa", "sign_sym"] = "bp"  # learning rule: backpropagation | feedback alignment | ...
+    frozen_seed: int = 1337  # seed of everything random that is never trained: feedback, codes, subspaces
+    fa_init_mode: Literal["gaussian", "orthogonal", "ortho_he", "sparse"] = "gaussian"  # random feedback; He variance
+    fa_sparse_k: int = 0  # non-zeros per row; 0 = in / 16
+    sign_sym_scale: Literal["mean", "init", "frozen_magnitude"] = "mean"  # signs times mean |W| | first std | random
+    dfa_granularity: Literal["sublayer", "block"] = "sublayer"  # each sublayer or each block gets the error by itself
+    dfa_feedback: Literal["matrix", "skip"] = "matrix"  # random | control: what the uncut residual stream alone brings
+    fa_grape: bool = False  # turn feedback towards the true Jacobian by forward-mode probes
     fa_grape_every: int = 10  # optimiser steps between probes
-    fa_grape_n_probe: int = 32  # random vectors a layer (fa), sequences a probe (dfa)
+    fa_grape_n_probe: int = 32  # random vectors per layer (fa), sequences per probe (dfa)
     fa_grape_lr: float = 0.1  # how far a probe turns feedback: 1 = by its own length
-    fa_calibrate_every: int = 0  # every so many steps, one of true backpropagation; 0 = never
-    freeze_blocks: int = 0  # so many lowest blocks stay as they were drawn
-    freeze_emb: bool = False  # token and position embeddings stay as they were drawn
+    fa_calibrate_every: int = 0  # one step in this many is true backpropagation; 0 = none
+    freeze_blocks: int = 0  # how many of the lowest blocks keep their first weights
+    freeze_emb: bool = False  # token and position embeddings keep their first weights
     # -- surrogates and limits ----------------------------------------------------------------------------------------
-    ste_sigmoid: bool = False  # of attn_mode="sigmoid": its backward leaves out A (1 - A)
+    ste_sigmoid: bool = False  # the backward of sigmoid attention leaves out A (1 - A)
     ste_gelu: bool = False  # the backward leaves out gelu'
-    ln_mode: str = "bp"  # backward of norms: "bp" | "ste" (identity) | "center_scale" | "projected" (equal to "bp")
+    ln_mode: Literal["bp", "ste", "center_scale", "projected"] = "bp"  # backward of norms; "projected" equals "bp"
     fuse_attn_local: bool = False  # softmax and value mix as one function with a hand-written, local backward
-    mlp_topk: int = 0  # hidden units of an MLP that may speak, by magnitude; 0 = all
-    resid_topk: int = 0  # channels of the residual stream that survive a block, by magnitude; 0 = all
-    vq_codes: int = 0  # after each block, the nearest of so many frozen directions, magnitude kept; 0 = off
-    vq_lattice: str = ""  # "" | "e7" (after each block, groups of 7 channels to the nearest E7 point)
-    subspace_rank: int = 0  # after each block, onto one frozen subspace of this dimension; 0 = off
+    mlp_topk: int = 0  # hidden units of an MLP that stay active, the largest by magnitude; 0 = all
+    resid_topk: int = 0  # channels of the residual stream that survive a block, the largest by magnitude; 0 = all
+    vq_codes: int = 0  # n > 0: after each block, the nearest of n frozen directions, magnitude kept; 0 = off
+    vq_lattice: Literal["", "e7"] = ""  # off | after each block, groups of 7 channels go to the nearest E7 point
+    subspace_rank: int = 0  # n > 0: after each block, a projection onto one frozen n-dimensional subspace; 0 = off
     # -- meta-updates -------------------------------------------------------------------------------------------------
     htm_meta_strength: float = 0.0  # scale a column's update by 1 +- this, by how well it predicts; 0 = off
-    htm_meta_decay: float = 0.99  # a step: how long a column's success is remembered
-    htm_meta_target: str = "lr"  # what is scaled: "lr" (the update) | "momentum" (AdamW's first moment)
+    htm_meta_decay: float = 0.99  # decay per step of a column's record of success
+    htm_meta_target: Literal["lr", "momentum"] = "lr"  # what is scaled: the update | AdamW's first moment
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one of them")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
-        one_of(self, "mlp_act", ACTIVATIONS)
-        one_of(self, "pos_embedding", ("learned", "none", "ramanujan"))
-        one_of(self, "ferope_freqs", ("log", "gaussian"))
-        head_dim = self.n_embd // self.n_head
-        if not 0 <= 2 * self.ferope_m <= head_dim or (self.use_ferope and head_dim < 2):
-            raise ValueError(f"ferope_m={self.ferope_m}: 2 ferope_m must fit into the head's {head_dim} dimensions")
-        if self.anchor_min_gap < 1 or self.anchor_jitter < 0 or self.neighbor_rings < 0 or not self.rope_base > 1:
-            raise ValueError("anchor_min_gap must be >= 1, anchor_jitter and neighbor_rings >= 0, rope_base > 1")
-        if min(self.region_size, self.region_edges, self.region_rings) < 0 or self.feedback_hops < 1:
-            raise ValueError("region_size, region_edges and region_rings must be >= 0, feedback_hops >= 1")
-        if self.use_region_feedback and not self.region_size:
-            raise ValueError("use_region_feedback needs regions: set region_size")
-        if self.region_edges and not (self.region_size and self.use_block_sparse):
-            raise ValueError("region_edges needs region_size and use_block_sparse: set both")
-        self.refuse_idle(
-            "use_ferope", self.use_ferope,
-            "ferope_freqs", "ferope_m", "ferope_learnable", "ferope_anchor_relative", "rope_base",
-        )  # fmt: skip
-        self.refuse_idle("use_block_sparse", self.use_block_sparse, "neighbor_rings")
-        self.refuse_idle("use_region_feedback", self.use_region_feedback, "region_rings", "feedback_hops")
-        uses = "region_edges, use_region_feedback, use_mfs_head or add_l4_losses"
-        self.refuse_idle(uses, self.region_edges or self.use_region_feedback or self.has_region_slate, "region_size")
-        is_random = self.ferope_freqs == "gaussian"
-        self.refuse_idle('ferope_freqs="log"', not is_random, "rope_base")
-        cells = "cells (use_block_sparse, say)"
-        self.refuse_idle(cells, self.has_anchors or is_random, "anchor_min_gap", "anchor_seed")
-        self.refuse_idle(cells, self.has_anchors, "anchor_jitter", "share_region_router")
-        self.check_mixers()
-        self.check_channel_mixers()
-        self.check_heads()
-        self.check_manifold()
-        self.check_local_learning()
-        self.check_wiring()
-        self.check_sdr()
-        self.refuse_idle("use_knot_attention", self.has_knots(), "knot_block", "knot_vertices", "knot_threshold",
-                         "knot_k", "knot_learned_threshold")  # fmt: skip
-        self.refuse_idle("cells of their own (here anchors make them)", not self.has_anchors, "knot_block")
-        if not 3 <= self.knot_vertices <= 127 or min(self.knot_block, self.knot_k) < 1 or not self.knot_threshold > 0:
-            raise ValueError("knot_vertices must be in [3, 127], knot_block and knot_k >= 1, knot_threshold > 0")
-        if self.use_knot_attention and "sigmoid" in self.mixers and self.sigmoid_bias_mode == "neg_log_i":
-            raise ValueError('sigmoid_bias_mode="neg_log_i" counts keys, knots choose them: take "neg_log_n"')
-        one_of(self, "htm_meta_target", ("lr", "momentum"))
-        self.refuse_idle("htm_meta_strength", self.htm_meta_strength, "htm_meta_decay", "htm_meta_target")
-        if not (0 <= self.htm_meta_strength <= 1 and 0 <= self.htm_meta_decay < 1):
-            raise ValueError("htm_meta_strength must be in [0, 1], htm_meta_decay in [0, 1)")
-        if self.htm_meta_strength and 4 * self.n_embd % HTM_GROUP:
-            raise ValueError(f"htm_meta_strength needs hidden units in groups of {HTM_GROUP}: n_embd a multiple of 16")
+        check_values(self, RANGES)  # types, choices, ranges
+        if unknown := [name for name in self.mixers if name not in MIXERS]:
+            raise ValueError(f"attn_mode, attn_pattern: no mixer {unknown[0]!r}; there are {', '.join(MIXERS)}")
+        for flags, switch, is_on in NEEDS:
+            for name in () if is_on(self) else self.changed(*flags.split()):
+                raise ValueError(f"{name}={getattr(self, name)} does nothing without {switch}: set that too")
+        for is_wrong, text in CONFLICTS:
+            if is_wrong(self):
+                raise ValueError(text.format_map(vars(self) | {"head_dim": self.n_embd // self.n_head}))
 
-    def check_mixers(self):
-        """The flags of token mixers, which layers share by attn_pattern."""
-        named = [name for name in ("attn_mode", "use_kaufmann_attention", "attn_pattern") if self.differs(name)]
-        if len(named) > 1:
-            raise ValueError(f"{' and '.join(named)} both name token mixers: keep one of them")
-        if unknown := set(self.mixers) - set(MIXERS):
-            raise ValueError(f"attn_mode, attn_pattern: no mixer {sorted(unknown)[0]!r}; there are {', '.join(MIXERS)}")
-        if len(self.mixers) > self.n_layer:
-            raise ValueError(f"attn_pattern names {len(self.mixers)} mixers for n_layer={self.n_layer}: drop some")
-        has_waves = bool({"fhn", "kaufmann"} & set(self.mixers))
-        self.refuse_idle("a sigmoid layer", "sigmoid" in self.mixers, "sigmoid_bias_mode")
-        self.refuse_idle("a layer of attention", set(self.mixers) != {"fhn"}, "use_ferope", "use_block_sparse")
-        has_choice = bool({"softmax", "sigmoid"} & set(self.mixers))
-        self.refuse_idle("a softmax or sigmoid layer (kaufmann has knots anyway)", has_choice, "use_knot_attention")
-        one_of(self, "sigmoid_bias_mode", ("neg_log_n", "neg_log_i", "zero", "learned"))
-        one_of(self, "fhn_dynamics", ("fhn", "linear"))
-        self.refuse_idle("an fhn or kaufmann layer", has_waves, "fhn_steps", "fhn_dt", "fhn_dynamics", "use_fhn_imex",
-                         "use_fhn_partitioning")  # fmt: skip
-        self.refuse_idle("use_fhn_partitioning", self.use_fhn_partitioning, "fhn_partitions")
-        self.refuse_idle('fhn_dynamics="fhn"', self.fhn_dynamics == "fhn", "fhn_steps", "fhn_dt", "use_fhn_imex",
-                         "use_fhn_partitioning")  # fmt: skip
-        if not (self.fhn_steps >= 1 and 0 < self.fhn_dt < 2 and self.fhn_partitions >= 1):
-            raise ValueError("fhn_steps and fhn_partitions must be >= 1, fhn_dt in (0, 2)")
-        if self.use_fhn_partitioning and self.fhn_partitions > self.n_embd:
-            raise ValueError(f"fhn_partitions={self.fhn_partitions}: there are n_embd={self.n_embd} channels")
-        if has_waves and self.fhn_dynamics == "fhn" and fhn_eps_limit(self.fhn_dt, self.fhn_steps) <= FHN["eps"]:
-            raise ValueError(f"fhn_dt={self.fhn_dt} is unstable with fhn_steps={self.fhn_steps}: lower one of them")
+    def changed(self, *names):
+        """Those of these flags that are not at their defaults."""
+        return [name for name in names if getattr(self, name) != GPTConfig.__dataclass_fields__[name].default]
+
+    @staticmethod
+    def switches():
+        """{flag: what it does nothing without}, for --help."""
+        pairs = [(name, switch) for flags, switch, _ in NEEDS for name in flags.split()]
+        return {name: ", ".join(switch for other, switch in pairs if other == name) for name, _ in pairs}
 
     @property
     def mixers(self):
@@ -305,210 +233,640 @@ class GPTConfig:
     def mixer(self, layer):
         return self.mixers[layer % len(self.mixers)]
 
-    def has_knots(self, layer=None):
-        """Whether a layer, or any, chooses its keys by knots."""
-        mixers = self.mixers if layer is None else (self.mixer(layer),)
-        return "kaufmann" in mixers or (self.use_knot_attention and mixers != ("fhn",))
-
-    def check_channel_mixers(self):
-        one_of(self, "kan_wavelet", WAVELETS)
-        one_of(self, "kan_edges", ("shared", "edge"))
-        if self.kan_bank < 1:
-            raise ValueError(f"kan_bank={self.kan_bank}: must be at least 1")
-        mixers = [name for name in ("use_kan", "use_bio_mlp", "use_swiglu") if getattr(self, name)]
-        if len(mixers) > 1:
-            raise ValueError(f"{' and '.join(mixers)}: a block has one channel mixer, keep one of them")
-        self.refuse_idle("the plain MLP", not mixers, "mlp_act", "htm_meta_strength")
-        has_wavelets = self.use_kan or "kaufmann" in self.mixers
-        self.refuse_idle("use_kan", has_wavelets, "kan_wavelet", "kan_edges")
-        self.refuse_idle('kan_edges="shared" (and use_kan)', has_wavelets and self.kan_edges == "shared", "kan_bank")
-        self.refuse_idle("use_kan", self.use_kan, "kan_match_params")
-        one_of(self, "bio_lateral", ("concat", "nonlinear", "none"))
-        one_of(self, "bio_gate", ("full", "diag", "lowrank"))
-        if not (0 <= self.bio_threshold < 1 and 0 < self.bio_target_sparsity < 1):
-            raise ValueError("bio_threshold must be in [0, 1), bio_target_sparsity in (0, 1)")
-        K, bio = self.bio_compartments, self.use_bio_mlp
-        if min(K, self.bio_dendrite_dim) < 0 or (K and (K - 1) * -(-self.n_embd // K) >= self.n_embd):
-            raise ValueError(f"bio_compartments={K}: must be >= 0 (bio_dendrite_dim too), each with a part of n_embd")
-        self.refuse_idle("use_bio_mlp", bio, "bio_omega", "bio_osc_learnable", "bio_compartments", "bio_threshold")
-        self.refuse_idle("bio_compartments", bio and K, "bio_dendrite_dim", "bio_lateral")
-        has_events = bio and self.bio_threshold
-        self.refuse_idle("use_bio_mlp and bio_threshold", has_events, "bio_gate", "bio_adaptive_threshold")
-        self.refuse_idle("bio_adaptive_threshold", self.bio_adaptive_threshold, "bio_target_sparsity")
-
-    def check_manifold(self):
-        one_of(self, "manifold", ("sphere", "e7", "rotor"))
-        self.refuse_idle("use_manifold", self.use_manifold, "manifold", "geodesic_weight", "skip_manifold_spectral")
-        is_sphere, is_spectral = self.manifold == "sphere", self.has_spectrum
-        self.refuse_idle('use_manifold and manifold="sphere"', self.use_manifold and is_sphere, "manifold_dim")
-        self.refuse_idle('manifold="e7" or "rotor"', self.use_manifold and not is_sphere, "manifold_vectors")
-        self.refuse_idle(
-            "use_manifold and skip_manifold_spectral=False", is_spectral,
-            "n_eigenvectors", "spectral_landmarks", "spectral_refresh",
-        )  # fmt: skip
-        if self.manifold_dim < 2 or self.manifold_vectors < 1 or not 0 <= self.geodesic_weight < math.inf:
-            raise ValueError("manifold_dim must be >= 2, manifold_vectors >= 1, geodesic_weight >= 0")
-        if not 1 <= self.n_eigenvectors < self.spectral_landmarks or self.spectral_refresh < 1:
-            raise ValueError("n_eigenvectors must be in [1, spectral_landmarks), spectral_refresh >= 1")
-        if is_spectral and set(self.mixers) == {"fhn"}:
-            raise ValueError(
-                "use_manifold: fhn layers have no scores to add spectral coordinates to: set skip_manifold_spectral"
-            )
+    @property
+    def channel_mixer(self):
+        return next((name for name in CHANNEL_MIXERS if name != "mlp" and getattr(self, f"use_{name}")), "mlp")
 
     @property
-    def has_spectrum(self):
-        """Whether spectral coordinates are added to queries and keys."""
-        return self.use_manifold and not self.skip_manifold_spectral
+    def head(self):
+        """The head's name in HEADS, or "" for the linear one."""
+        return next((name for name in HEADS if getattr(self, f"use_{name}_head")), "")
 
-    def check_local_learning(self):
-        choices = {"method": METHODS, "fa_init_mode": FA_INITS, "sign_sym_scale": SIGN_SCALES, "ln_mode": NORMS}
-        choices |= {"dfa_granularity": ("sublayer", "block"), "dfa_feedback": ("matrix", "skip")}
-        choices |= {"vq_lattice": ("", "e7")}
-        for name, known in choices.items():
-            one_of(self, name, known)
-        is_fa, is_dfa, is_sigmoid = self.method == "fa", self.method == "dfa", "sigmoid" in self.mixers
-        self.refuse_idle('method="fa"', is_fa, "fa_init_mode")
-        self.refuse_idle('fa_init_mode="sparse"', self.fa_init_mode == "sparse", "fa_sparse_k")
-        self.refuse_idle('method="sign_sym"', self.method == "sign_sym", "sign_sym_scale")
-        self.refuse_idle('method="dfa"', is_dfa, "dfa_granularity", "dfa_feedback")
-        can_turn = is_fa or (is_dfa and self.dfa_feedback == "matrix")
-        self.refuse_idle('method="fa" or "dfa" with a matrix', can_turn, "fa_grape")
-        self.refuse_idle("fa_grape", self.fa_grape, "fa_grape_every", "fa_grape_n_probe", "fa_grape_lr")
-        self.refuse_idle('a method other than "bp"', self.method != "bp", "fa_calibrate_every")
-        self.refuse_idle("a sigmoid layer", is_sigmoid, "ste_sigmoid")
-        self.refuse_idle("a softmax layer", "softmax" in self.mixers, "fuse_attn_local")
-        self.refuse_idle('mlp_act="gelu"', self.mlp_act == "gelu", "ste_gelu")
-        is_frozen = self.method != "bp" or self.vq_codes or self.subspace_rank
-        self.refuse_idle("something frozen (method, vq_codes, subspace_rank)", is_frozen, "frozen_seed")
-        for name in ("fa_sparse_k", "fa_calibrate_every", "mlp_topk", "resid_topk", "vq_codes", "subspace_rank"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
-        if self.fa_grape_every < 1 or self.fa_grape_n_probe < 1 or not 0 < self.fa_grape_lr <= 1:
-            raise ValueError("fa_grape_every and fa_grape_n_probe must be >= 1, fa_grape_lr in (0, 1]")
-        if self.fa_calibrate_every == 1:
-            raise ValueError('fa_calibrate_every=1 is backpropagation: write method="bp", or at least 2')
-        if (self.method != "bp" or self.freeze_emb) and self.tie_weights:
-            raise ValueError("method and freeze_emb need tie_weights=False: the head would move the embedding")
-        if is_dfa and self.dfa_granularity == "block" and self.n_layer < 2:
-            raise ValueError('dfa_granularity="block" needs two blocks: write dfa_granularity="sublayer" or n_layer=2')
-        if is_dfa and self.fa_grape and set(self.mixers) - {"softmax", "sigmoid"}:
-            raise ValueError("fa_grape under dfa needs forward mode: attn_mode softmax or sigmoid in every layer")
-        if self.method != "bp" and self.htm_meta_strength:
-            raise ValueError('htm_meta_strength scales columns of c_attn: it needs method="bp"')
-        if not 0 <= self.freeze_blocks <= self.n_layer:
-            raise ValueError(f"freeze_blocks={self.freeze_blocks}: must be 0 to n_layer={self.n_layer}")
-        if self.fuse_attn_local and (self.dropout or self.use_block_sparse or self.has_knots() or is_sigmoid):
-            raise ValueError("fuse_attn_local is dense softmax: no dropout, no use_block_sparse, no knots, no sigmoid")
-        if self.ste_sigmoid and self.has_knots():
-            raise ValueError("ste_sigmoid goes through a dense mask: leave out use_knot_attention")
-        others = ("loss_chunk", "use_mfs_head", "add_l4_losses", "use_kan", "use_bio_mlp", "use_sdr")
-        if self.method != "bp" and (found := [name for name in others if getattr(self, name)]):
-            raise ValueError(f'{found[0]} multiplies outside of linear layers: it needs method="bp"')
-        if self.method != "bp" and "kaufmann" in self.mixers:
-            raise ValueError('attn_mode="kaufmann" multiplies outside of linear layers: it needs method="bp"')
-        if is_dfa and self.has_spectrum:
-            raise ValueError("spectral coordinates reach around dfa's cuts: set skip_manifold_spectral=True")
-        mixers = self.use_kan or self.use_bio_mlp or self.use_swiglu
-        self.refuse_idle("the plain MLP", not mixers, "mlp_topk", "ste_gelu")
-        widths = {"mlp_topk": 4 * self.n_embd, "resid_topk": self.n_embd, "subspace_rank": self.n_embd}
-        for name, width in widths.items():
-            if getattr(self, name) >= width:
-                raise ValueError(f"{name}={getattr(self, name)} keeps everything: must be below {width}")
-        if self.vq_codes == 1:
-            raise ValueError("vq_codes=1 leaves one direction: must be at least 2")
-        if self.vq_lattice and self.n_embd % 7:
-            raise ValueError(f"vq_lattice needs groups of 7 channels: n_embd={self.n_embd} is no multiple of 7")
+    @property
+    def parts(self):
+        """The classes that the flags choose: token mixers, the channel mixer, a head."""
+        heads = [HEADS[self.head]] if self.head else []
+        return [*(MIXERS[name] for name in self.mixers), CHANNEL_MIXERS[self.channel_mixer], *heads]
 
-    def check_sdr(self):
-        one_of(self, "sdr_rule", ("hebb", "delta", "willshaw", "none"))
-        self.refuse_idle("use_sdr", self.use_sdr, "sdr_size", "sdr_active", "sdr_boost", "sdr_radius", "sdr_scales",
-                         "sdr_rule", "sdr_decay", "sdr_value_dim")  # fmt: skip
-        self.refuse_idle('sdr_rule="hebb" or "willshaw"', self.sdr_rule in ("hebb", "willshaw"), "sdr_decay")
-        self.refuse_idle("a memory (sdr_rule)", self.sdr_rule != "none", "sdr_value_dim")
-        if self.sdr_size < 64 or self.sdr_size % 64 or not 1 <= self.sdr_active < self.sdr_size:
-            raise ValueError("sdr_size must be a multiple of 64, sdr_active in [1, sdr_size)")
-        if min(self.sdr_boost, self.sdr_radius, self.sdr_scales) < 0 or self.sdr_value_dim < 1:
-            raise ValueError("sdr_boost, sdr_radius and sdr_scales must be >= 0, sdr_value_dim >= 1")
-        if not 0 < self.sdr_decay <= 1:
-            raise ValueError(f"sdr_decay={self.sdr_decay}: must be in (0, 1]")
+    def has(self, trait):
+        """Whether one of these classes has the attribute `trait` set; one that does not mention it has not."""
+        return any(getattr(part, trait, False) for part in self.parts)
 
-    def check_wiring(self):
-        one_of(self, "hc_mode", ("mhc", "hc"))
-        one_of(self, "mla_mode", ("dense", "scalar"))
-        self.refuse_idle("use_mhc", self.use_mhc, "mhc_streams", "mhc_sinkhorn_iters", "hc_mode")
-        self.refuse_idle('hc_mode="mhc"', self.hc_mode == "mhc", "mhc_sinkhorn_iters")
-        self.refuse_idle("use_mla", self.use_mla, "mla_mode")
-        if self.mhc_streams < 2 or self.mhc_sinkhorn_iters < 1:
-            raise ValueError("mhc_streams must be >= 2 (one stream is use_mhc=False), mhc_sinkhorn_iters >= 1")
-        if self.use_mla and self.mla_mode == "scalar" and self.n_layer < 2:
-            raise ValueError('mla_mode="scalar" mixes layers: n_layer must be at least 2')
-        if self.use_mhc and self.method != "bp":
-            raise ValueError('use_mhc makes its coefficients outside of linear layers: it needs method="bp"')
-        if self.use_mla and self.method == "dfa":
-            raise ValueError("use_mla reaches around dfa's cuts: leave it out")
-        limits = [name for name in ("resid_topk", "vq_codes", "vq_lattice", "subspace_rank") if self.differs(name)]
-        if self.use_mhc and limits:
-            raise ValueError(f"use_mhc has several streams and {limits[0]} limits one: leave one of them out")
+    def all_have(self, trait):
+        return all(getattr(part, trait, False) for part in self.parts)
 
-    def check_heads(self):
-        for name in ("mfs_K", "mfs_P", "mfs_layers", "ae_window", "slate_window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("loss_chunk", "mfs_window", "mfs_lowrank_r", "ae_dim"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
-        if self.use_mfs_head and (self.mfs_layers > self.n_layer or self.mfs_P > self.vocab_size):
-            raise ValueError("use_mfs_head: mfs_layers must be at most n_layer, mfs_P at most vocab_size")
-        if not self.l4_loss_weight > 0:
-            raise ValueError(f"l4_loss_weight={self.l4_loss_weight}: must be positive, or turn off add_l4_losses")
-        if not 0 <= self.region_prior_decay < 1:
-            raise ValueError(f"region_prior_decay={self.region_prior_decay}: must be in [0, 1)")
-        mfs = ("mfs_K", "mfs_P", "mfs_layers", "mfs_window", "mfs_lowrank_r")
-        self.refuse_idle("use_mfs_head", self.use_mfs_head, *mfs)
-        self.refuse_idle("add_l4_losses", self.add_l4_losses, "l4_loss_weight", "ae_window", "ae_dim")
-        self.refuse_idle("add_l4_losses and region_size=0", self.add_l4_losses and not self.region_size, "slate_window")
-        head = "region_size and use_mfs_head or add_l4_losses"
-        self.refuse_idle(head, self.has_region_slate, "region_slate_include_prior")
-        prior = self.has_region_slate and self.region_slate_include_prior
-        self.refuse_idle(f"{head}, and region_slate_include_prior", prior, "region_prior_decay")
-        error = self.region_size and self.add_l4_losses
-        self.refuse_idle("region_size and add_l4_losses", error, "region_slate_include_error")
-
-    def refuse_idle(self, switch, is_on, *names):
-        """Refuse flags that were set but do nothing because what they belong to is off."""
-        for name in names if not is_on else ():
-            if self.differs(name):
-                raise ValueError(f"{name}={getattr(self, name)} does nothing without {switch}: set that too")
-
-    def differs(self, name):
-        """Whether a flag is not at its default."""
-        return getattr(self, name) != GPTConfig.__dataclass_fields__[name].default
+    def has_knots(self, layer=None):
+        """Whether a layer, or any, chooses its keys by knots."""
+        mixers = [MIXERS[name] for name in (self.mixers if layer is None else (self.mixer(layer),))]
+        traits = ("has_knots", "takes_knots") if self.use_knot_attention else ("has_knots",)
+        return any(getattr(mixer, trait, False) for mixer in mixers for trait in traits)
 
     @property
     def has_anchors(self):
         """Whether cells around anchors are drawn."""
-        uses = (self.use_block_sparse, self.ferope_anchor_relative, self.use_region_feedback, self.has_region_slate)
-        return any(uses)
-
-    @property
-    def has_region_slate(self):
-        """Whether regions condition the heads."""
-        return bool(self.region_size) and (self.use_mfs_head or self.add_l4_losses)
+        return self.use_block_sparse or self.ferope_anchor_relative or self.use_region_feedback or self.has_region_slate
 
     @property
     def has_cells(self):
         """Whether positions belong to cells, of which there are only block_size's."""
         return self.has_anchors or self.has_knots()
 
+    @property
+    def has_region_slate(self):
+        """Whether regions make the context summary that conditions the heads."""
+        return bool(self.region_size) and (self.has("reads_context") or self.add_l4_losses)
 
-def one_of(config, name, choices):
-    """Refuse a flag whose value is none of `choices`, naming them."""
-    if getattr(config, name) not in choices:
-        raise ValueError(f"{name}={getattr(config, name)!r}: must be one of {', '.join(choices)}")
+    @property
+    def has_spectrum(self):
+        """Whether spectral coordinates are added to queries and keys."""
+        return self.use_manifold and not self.skip_manifold_spectral
+
+
+# The rules, grouped like the flags. A new flag brings its rows; tests refuse each idle flag and each end of a range.
+
+RANGES = {  # flags: the interval of their values; nan lies in none
+    "block_size vocab_size n_layer n_head n_embd": "[1, inf)",
+    "dropout": "[0, 1)",
+    "kan_bank": "[1, inf)",
+    "bio_omega": "(-inf, inf)",
+    "bio_compartments bio_dendrite_dim": "[0, inf)",
+    "bio_threshold": "[0, 1)",
+    "bio_target_sparsity": "(0, 1)",
+    "rope_base": "(1, inf)",
+    "ferope_m anchor_jitter neighbor_rings region_size region_edges region_rings": "[0, inf)",
+    "anchor_min_gap feedback_hops": "[1, inf)",
+    "anchor_seed frozen_seed": "[0, 9e18]",
+    "region_prior_decay": "[0, 1)",
+    "knot_vertices": "[3, 127]",
+    "knot_block knot_k": "[1, inf)",
+    "knot_threshold": "(0, inf)",
+    "fhn_steps fhn_partitions": "[1, inf)",
+    "fhn_dt": "(0, 2)",
+    "sdr_size": "[64, inf)",
+    "sdr_active sdr_value_dim": "[1, inf)",
+    "sdr_boost sdr_radius sdr_scales": "[0, inf)",
+    "sdr_decay": "(0, 1]",
+    "manifold_dim": "[2, inf)",
+    "manifold_vectors n_eigenvectors spectral_landmarks spectral_refresh": "[1, inf)",
+    "geodesic_weight": "[0, inf)",
+    "mhc_streams": "[2, inf)",
+    "mhc_sinkhorn_iters": "[1, inf)",
+    "mfs_K mfs_P mfs_layers ae_window slate_window": "[1, inf)",
+    "loss_chunk mfs_window mfs_lowrank_r ae_dim": "[0, inf)",
+    "l4_loss_weight": "(0, inf)",
+    "fa_sparse_k fa_calibrate_every freeze_blocks mlp_topk resid_topk vq_codes subspace_rank": "[0, inf)",
+    "fa_grape_every fa_grape_n_probe": "[1, inf)",
+    "fa_grape_lr": "(0, 1]",
+    "htm_meta_strength": "[0, 1]",
+    "htm_meta_decay": "[0, 1)",
+}
+NEEDS = (  # flags, what they do nothing without, whether it is there
+    # -- token mixers
+    ("sigmoid_bias_mode ste_sigmoid", "a sigmoid layer", lambda c: c.has("has_sigmoid")),
+    ("fuse_attn_local", "a softmax layer", lambda c: c.has("takes_local_backward")),
+    # -- channel mixers
+    ("mlp_act mlp_topk ste_gelu htm_meta_strength", "the plain MLP", lambda c: c.channel_mixer == "mlp"),
+    ("ste_gelu", 'mlp_act="gelu"', lambda c: c.mlp_act == "gelu"),
+    ("kan_wavelet kan_edges", "use_kan", lambda c: c.has("has_wavelets")),
+    ("kan_bank", 'kan_edges="shared" (and use_kan)', lambda c: c.has("has_wavelets") and c.kan_edges == "shared"),
+    ("kan_match_params", "use_kan", lambda c: c.use_kan),
+    ("bio_omega bio_osc_learnable bio_compartments bio_threshold", "use_bio_mlp", lambda c: c.use_bio_mlp),
+    ("bio_dendrite_dim bio_lateral", "bio_compartments", lambda c: c.use_bio_mlp and c.bio_compartments),
+    ("bio_gate bio_adaptive_threshold", "use_bio_mlp and bio_threshold", lambda c: c.use_bio_mlp and c.bio_threshold),
+    ("bio_target_sparsity", "bio_adaptive_threshold", lambda c: c.bio_adaptive_threshold),
+    # -- geometric routing
+    ("use_ferope use_block_sparse", "a layer of attention", lambda c: c.has("has_scores")),
+    ("ferope_freqs ferope_m ferope_learnable ferope_anchor_relative rope_base", "use_ferope", lambda c: c.use_ferope),
+    ("rope_base", 'ferope_freqs="log"', lambda c: c.ferope_freqs == "log"),
+    ("neighbor_rings", "use_block_sparse", lambda c: c.use_block_sparse),
+    ("anchor_min_gap anchor_seed", "cells (use_block_sparse, for example)",
+     lambda c: c.has_anchors or c.ferope_freqs == "gaussian"),
+    ("anchor_jitter share_region_router", "cells (use_block_sparse, for example)", lambda c: c.has_anchors),
+    ("region_size", "region_edges, use_region_feedback, use_mfs_head or add_l4_losses",
+     lambda c: c.region_edges or c.use_region_feedback or c.has_region_slate),
+    ("region_rings feedback_hops", "use_region_feedback", lambda c: c.use_region_feedback),
+    # -- knots, waves
+    ("use_knot_attention", "a softmax or sigmoid layer (kaufmann has knots anyway)", lambda c: c.has("takes_knots")),
+    ("knot_block knot_vertices knot_threshold knot_k knot_learned_threshold", "use_knot_attention",
+     lambda c: c.has_knots()),
+    ("knot_block", "cells of their own (here anchors make them)", lambda c: not c.has_anchors),
+    ("fhn_steps fhn_dt fhn_dynamics use_fhn_imex use_fhn_partitioning", "an fhn or kaufmann layer",
+     lambda c: c.has("has_waves")),
+    ("fhn_partitions", "use_fhn_partitioning", lambda c: c.use_fhn_partitioning),
+    ("fhn_steps fhn_dt use_fhn_imex use_fhn_partitioning", 'fhn_dynamics="fhn"', lambda c: c.fhn_dynamics == "fhn"),
+    # -- sparse codes, manifolds
+    ("sdr_size sdr_active sdr_boost sdr_radius sdr_scales sdr_rule sdr_decay sdr_value_dim", "use_sdr",
+     lambda c: c.use_sdr),
+    ("sdr_decay", 'sdr_rule="hebb" or "willshaw"', lambda c: c.sdr_rule in ("hebb", "willshaw")),
+    ("sdr_value_dim", "a memory (sdr_rule)", lambda c: c.sdr_rule != "none"),
+    ("manifold geodesic_weight skip_manifold_spectral", "use_manifold", lambda c: c.use_manifold),
+    ("manifold_dim", 'use_manifold and manifold="sphere"', lambda c: c.use_manifold and c.manifold == "sphere"),
+    ("manifold_vectors", 'manifold="e7" or "rotor"', lambda c: c.use_manifold and c.manifold != "sphere"),
+    ("n_eigenvectors spectral_landmarks spectral_refresh", "use_manifold and skip_manifold_spectral=False",
+     lambda c: c.has_spectrum),
+    # -- wiring, heads
+    ("mhc_streams mhc_sinkhorn_iters hc_mode", "use_mhc", lambda c: c.use_mhc),
+    ("mhc_sinkhorn_iters", 'hc_mode="mhc"', lambda c: c.hc_mode == "mhc"),
+    ("mla_mode", "use_mla", lambda c: c.use_mla),
+    ("mfs_K mfs_P mfs_layers mfs_window mfs_lowrank_r", "use_mfs_head", lambda c: c.use_mfs_head),
+    ("l4_loss_weight ae_window ae_dim", "add_l4_losses", lambda c: c.add_l4_losses),
+    ("slate_window", "add_l4_losses and region_size=0", lambda c: c.add_l4_losses and not c.region_size),
+    ("region_slate_include_prior", "region_size and use_mfs_head or add_l4_losses", lambda c: c.has_region_slate),
+    ("region_prior_decay", "region_size and use_mfs_head or add_l4_losses, and region_slate_include_prior",
+     lambda c: c.has_region_slate and c.region_slate_include_prior),
+    ("region_slate_include_error", "region_size and add_l4_losses", lambda c: c.region_size and c.add_l4_losses),
+    # -- learning rules
+    ("fa_init_mode", 'method="fa"', lambda c: c.method == "fa"),
+    ("fa_sparse_k", 'fa_init_mode="sparse"', lambda c: c.fa_init_mode == "sparse"),
+    ("sign_sym_scale", 'method="sign_sym"', lambda c: c.method == "sign_sym"),
+    ("dfa_granularity dfa_feedback", 'method="dfa"', lambda c: c.method == "dfa"),
+    ("fa_grape", 'method="fa" or "dfa" with a matrix',
+     lambda c: c.method == "fa" or (c.method == "dfa" and c.dfa_feedback == "matrix")),
+    ("fa_grape_every fa_grape_n_probe fa_grape_lr", "fa_grape", lambda c: c.fa_grape),
+    ("fa_calibrate_every", 'a method other than "bp"', lambda c: c.method != "bp"),
+    ("frozen_seed", "something frozen (method, vq_codes, subspace_rank)",
+     lambda c: c.method != "bp" or c.vq_codes or c.subspace_rank),
+    ("htm_meta_decay htm_meta_target", "htm_meta_strength", lambda c: c.htm_meta_strength),
+)  # fmt: skip
+CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its value
+    (lambda c: c.n_embd % c.n_head, "n_embd={n_embd} is not divisible by n_head={n_head}: change one of them"),
+    (lambda c: len(c.changed("attn_mode", "use_kaufmann_attention", "attn_pattern")) > 1,
+     "attn_mode={attn_mode}, use_kaufmann_attention={use_kaufmann_attention}, attn_pattern={attn_pattern!r}: all name "
+     "token mixers, keep one"),
+    (lambda c: len(c.mixers) > c.n_layer,
+     "attn_pattern={attn_pattern!r} names more mixers than n_layer={n_layer}: drop some"),
+    (lambda c: sum(getattr(c, f"use_{name}") for name in CHANNEL_MIXERS if name != "mlp") > 1,
+     "use_kan={use_kan}, use_bio_mlp={use_bio_mlp}, use_swiglu={use_swiglu}: a block has one channel mixer, keep one"),
+    (lambda c: c.bio_compartments and (c.bio_compartments - 1) * -(-c.n_embd // c.bio_compartments) >= c.n_embd,
+     "bio_compartments={bio_compartments}: each needs a part of n_embd={n_embd}"),
+    # -- geometric routing, knots, waves
+    (lambda c: 2 * c.ferope_m > c.n_embd // c.n_head or (c.use_ferope and c.n_embd // c.n_head < 2),
+     "ferope_m={ferope_m}: 2 ferope_m must fit into the head's {head_dim} dimensions"),
+    (lambda c: c.use_region_feedback and not c.region_size, "use_region_feedback needs regions: set region_size"),
+    (lambda c: c.region_edges and not (c.region_size and c.use_block_sparse),
+     "region_edges={region_edges} needs region_size and use_block_sparse: set both"),
+    (lambda c: c.use_knot_attention and c.has("has_sigmoid") and c.sigmoid_bias_mode == "neg_log_i",
+     'sigmoid_bias_mode="neg_log_i" counts keys, knots choose them: take "neg_log_n"'),
+    (lambda c: c.use_fhn_partitioning and c.fhn_partitions > c.n_embd,
+     "fhn_partitions={fhn_partitions}: there are n_embd={n_embd} channels"),
+    (lambda c: c.has("has_waves") and c.fhn_dynamics == "fhn" and fhn_eps_limit(c.fhn_dt, c.fhn_steps) <= FHN["eps"],
+     "fhn_dt={fhn_dt} is unstable with fhn_steps={fhn_steps}: lower one of them"),
+    # -- sparse codes, manifolds
+    (lambda c: c.sdr_size % 64 or c.sdr_active >= c.sdr_size,
+     "sdr_size={sdr_size} must be a multiple of 64, sdr_active={sdr_active} below it"),
+    (lambda c: c.n_eigenvectors >= c.spectral_landmarks,
+     "n_eigenvectors={n_eigenvectors}: must be below spectral_landmarks={spectral_landmarks}"),
+    (lambda c: c.has_spectrum and not c.has("has_scores"),
+     "use_manifold: no layer has scores to add spectral coordinates to: set skip_manifold_spectral"),
+    # -- wiring, heads
+    (lambda c: c.use_mfs_head and (c.mfs_layers > c.n_layer or c.mfs_P > c.vocab_size),
+     "mfs_layers={mfs_layers} must be at most n_layer={n_layer}, mfs_P={mfs_P} at most vocab_size={vocab_size}"),
+    (lambda c: sum(getattr(c, f"use_{name}_head") for name in HEADS) > 1, "several flags use_NAME_head: keep one"),
+    (lambda c: c.use_mla and c.mla_mode == "scalar" and c.n_layer < 2,
+     'mla_mode="scalar" mixes layers: n_layer={n_layer} must be at least 2'),
+    (lambda c: c.use_mhc and c.changed("resid_topk", "vq_codes", "vq_lattice", "subspace_rank"),
+     "use_mhc has several streams; resid_topk, vq_codes, vq_lattice, subspace_rank limit one: leave one of them out"),
+    # -- learning rules
+    (lambda c: (c.method != "bp" or c.freeze_emb) and c.tie_weights,
+     "method={method} and freeze_emb={freeze_emb} need tie_weights=False: the head would move the embedding"),
+    (lambda c: c.method != "bp" and (c.changed("loss_chunk", "add_l4_losses", "use_sdr", "use_mhc")
+                                     or not c.all_have("takes_learning_rules")),
+     "use_kan, use_bio_mlp, use_sdr, use_mhc, kaufmann layers, loss_chunk, use_mfs_head, add_l4_losses: they multiply "
+     'outside of linear layers and need method="bp", not {method}'),
+    (lambda c: c.method != "bp" and c.htm_meta_strength,
+     'htm_meta_strength={htm_meta_strength} scales columns of c_attn: it needs method="bp"'),
+    (lambda c: c.method == "dfa" and (c.has_spectrum or c.use_mla),
+     "spectral coordinates and use_mla reach around dfa's cuts: set skip_manifold_spectral=True, leave use_mla out"),
+    (lambda c: c.method == "dfa" and c.dfa_granularity == "block" and c.n_layer < 2,
+     'dfa_granularity="block" needs two blocks: write dfa_granularity="sublayer" or n_layer=2'),
+    (lambda c: c.method == "dfa" and c.fa_grape and (c.has_knots() or not c.all_have("has_forward_mode")),
+     "fa_grape under dfa needs forward mode: attn_mode softmax or sigmoid in every layer, no knots"),
+    (lambda c: c.fa_calibrate_every == 1, 'fa_calibrate_every=1 is backpropagation: write method="bp", or at least 2'),
+    (lambda c: c.freeze_blocks > c.n_layer, "freeze_blocks={freeze_blocks}: must be 0 to n_layer={n_layer}"),
+    # -- surrogates and limits, meta-updates
+    (lambda c: c.fuse_attn_local and (c.dropout or c.use_block_sparse or c.has_knots() or c.has("has_sigmoid")),
+     "fuse_attn_local is dense softmax: no dropout, no use_block_sparse, no knots, no sigmoid"),
+    (lambda c: c.ste_sigmoid and c.has_knots(), "ste_sigmoid goes through a dense mask: leave out use_knot_attention"),
+    (lambda c: c.mlp_topk >= 4 * c.n_embd or max(c.resid_topk, c.subspace_rank) >= c.n_embd,
+     "mlp_topk={mlp_topk}, resid_topk={resid_topk}, subspace_rank={subspace_rank}: must be below the width, or they "
+     "keep everything"),
+    (lambda c: c.vq_codes == 1, "vq_codes=1 leaves one direction: must be at least 2"),
+    (lambda c: c.vq_lattice and c.n_embd % 7,
+     "vq_lattice needs groups of 7 channels: n_embd={n_embd} is no multiple of 7"),
+    (lambda c: c.htm_meta_strength and 4 * c.n_embd % HTM_GROUP,
+     "htm_meta_strength needs hidden units in groups of 64: n_embd={n_embd} must be a multiple of 16"),
+    (lambda c: c.htm_meta_strength and not all(getattr(MIXERS[name], "has_columns", False) for name in c.mixers),
+     "htm_meta_strength needs mixers with c_attn and c_proj, which {attn_mode} or {attn_pattern!r} has not"),
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Small parts: activations and what a model remembers while it decodes.
+# One forward pass, and what outlives it.
+
+
+@dataclass
+class Pass:
+    """One forward pass: what modules read beside the stream, and what they leave for the loss."""
+
+    idx: torch.Tensor | None = None  # (B, T) token ids
+    targets: torch.Tensor | None = None  # (B, T), -1 where there is nothing to predict; None in generation
+    state: "DecodingState | None" = None  # the tokens before idx
+    training: bool = False
+    cut: Callable = lambda x, where: x  # (stream, "sublayer" | "block") -> stream: dfa detaches it there
+    on_token_loss: Callable | None = None  # gets each token's loss and the targets, both (B T,), when they are known
+    spectrum: torch.Tensor | None = None  # (B, T, n_eigenvectors), added to queries and keys
+    weight: torch.Tensor | None = None  # (V, C) output embedding
+    cuts: list = field(default_factory=list)  # (B, T, C), the stream wherever it was cut
+    hiddens: list = field(default_factory=list)  # (B, T, C) of the top layers, as many as the head reads
+    losses: dict = field(default_factory=dict)  # auxiliary losses in training, name: (weight in the objective, value)
+
+    @property
+    def past(self):
+        """How many tokens came before idx."""
+        return tokens_before(self.state)
+
+
+ALONE = Pass()  # for a token mixer that is called by itself; modules read it and leave nothing there
+
+
+class DecodingState:
+    """What a model remembers of the tokens it has read, so that the next one costs a step and not a sequence.
+
+    `pos` is how many tokens were read. `state.of(module)` is a dict that belongs to that module alone, empty at first:
+    keys and values, a recurrent field, a window, a running mean. One state serves one batch of sequences.
+    """
+
+    def __init__(self):
+        self.pos = 0
+        self.stores = {}
+
+    def of(self, module):
+        return self.stores.setdefault(module, {})
+
+    def nbytes(self):
+        """Bytes of all tensors held, spare room of growing buffers included."""
+        tensors = [t for store in self.stores.values() for t in store.values() if torch.is_tensor(t)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def tokens_before(state):
+    return 0 if state is None else state.pos
+
+
+def store_of(state, module):
+    """The module's own dict in `state`; without a state, one that nobody keeps."""
+    return {} if state is None else state.of(module)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Block and GPT.
+
+
+class Block(nn.Module):
+    """A token mixer and a channel mixer on the residual stream, with region feedback between them where it is on."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
+        self.attn = MIXERS[config.mixer(layer)](config, layer)
+        self.feedback = None
+        if config.use_region_feedback:
+            self.feedback = RegionFeedback(config, getattr(self.attn, "cells", None) or Cells(config, layer))
+        self.ln_2 = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
+        self.mlp = CHANNEL_MIXERS[config.channel_mixer](config)
+        self.wire_1 = wiring(config, layer, 0)
+        self.wire_f = wiring(config, layer, 1) if config.use_region_feedback else None
+        self.wire_2 = wiring(config, layer, 2 if config.use_region_feedback else 1)
+
+    def forward(self, x, run=ALONE):
+        """x, (B, T, C) or streams (B, T, n, C), after all sublayers."""
+        x = self.wire_1(x, lambda h: self.attn(self.ln_1(h), run))
+        if self.feedback is not None:
+            x = self.wire_f(x, lambda h: self.feedback(h, run.state))
+        x = run.cut(x, "sublayer")
+        return self.wire_2(x, lambda h: self.mlp(self.ln_2(h)))
+
+
+class GPT(nn.Module):
+    """The model. `losses` holds the last forward's loss components by name, detached (0-d tensors, nats)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.losses = config, {}
+        parts = {"wte": SDREmbedding(config) if config.use_sdr else nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.pos_embedding == "learned":
+            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        if config.pos_embedding == "ramanujan":
+            parts["positions"] = RamanujanPositions(config)
+        parts["drop"] = nn.Dropout(config.dropout)
+        parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        parts["ln_f"] = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
+        self.transformer = nn.ModuleDict(parts)
+        is_computed = config.use_sdr and config.tie_weights  # the output embedding is then no parameter
+        self.lm_head = None if is_computed else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights and not config.use_sdr:
+            self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
+        self.manifold = ManifoldProjection(config) if config.use_manifold else None
+        self.spectral = SpectralDecomposition(config) if config.has_spectrum else None
+        self.mla = LayerAggregation(config) if config.use_mla else None
+        self.streams = Streams(config, parts["h"])
+        for name, head in HEADS.items():
+            setattr(self, name, head(config) if name == config.head else None)
+        self.ae = SlidingWindowAE(config) if config.add_l4_losses else None
+        self.slate = context_summary(config, parts["h"])
+        self.htm = ColumnMeta(config, parts["h"]) if config.htm_meta_strength else None
+        self.dfa = DirectFeedback(config) if config.method == "dfa" else None
+        self.grape = Grape(config) if config.fa_grape or config.fa_calibrate_every else None
+        self.limits = residual_limits(config)
+        if config.method != "bp":
+            replace_linears(self, config)
+        self.init_weights()
+
+    def init_weights(self):
+        """nanoGPT's: N(0, 0.02), smaller where outputs add up in the stream; then what modules ask for themselves."""
+        self.apply(self._init_weights)
+        for module in self.having("init_own"):
+            module.init_own()
+        for block in self.transformer.h[: self.config.freeze_blocks]:
+            block.requires_grad_(False)
+        for table in ("wte", "wpe") if self.config.freeze_emb else ():
+            if table in self.transformer:
+                self.transformer[table].requires_grad_(False)
+        for name, p in self.named_parameters():
+            if name.endswith(("c_proj.weight", "o_proj.weight")):  # 2 n_layer of these add up in the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def having(self, name):
+        """The modules inside that have an attribute `name`: how variants hook in, see CONTRIBUTING.md."""
+        return [module for module in self.modules() if module is not self and hasattr(module, name)]
+
+    @property
+    def head(self):  # None for the linear one
+        return getattr(self, self.config.head) if self.config.head else None
+
+    @property
+    def learning_rules(self):
+        """What replaces or scales backpropagation's gradients and so must see each pass."""
+        return [rule for rule in (self.dfa, self.grape, self.htm) if rule is not None]
+
+    @property
+    def max_positions(self):
+        """How many tokens the model can place: block_size, or None where nothing is laid out for so many."""
+        placed = self.config.pos_embedding != "none" or self.config.has_cells
+        return self.config.block_size if placed else None
+
+    # Forward --------------------------------------------------------------------------------------------------------
+
+    def forward(self, idx, targets=None, state=None):
+        """Logits and loss of a batch of tokens.
+
+        idx (B, T) int64; targets (B, T) int64 with -1 where there is nothing to predict; state: a DecodingState that
+        holds the tokens before idx, and is advanced over them. Returns logits (B, T, V) and the loss, a 0-d tensor in
+        nats per token; without targets the logits of the last position, (B, 1, V), and None; in training with
+        loss_chunk the last position's logits and the loss. ValueError for more tokens than the model has positions.
+        """
+        run = Pass(idx, targets, state, self.training)
+        if self.max_positions is not None and run.past + idx.size(1) > self.max_positions:
+            raise ValueError(f"{run.past + idx.size(1)} tokens, but block_size is {self.max_positions}")
+        for rule in self.learning_rules:
+            rule.begin(run)
+        x = self.trunk(self.embed(run), run)  # (B, T, C)
+        logits, loss = self.predict(self.final_norm(x, run), run)
+        if state is not None:
+            state.pos += idx.size(1)
+        return logits, self.objective(loss, run)
+
+    def embed(self, run):
+        """Tokens, positions, points on a manifold: (B, T, C)."""
+        if self.config.use_sdr:
+            x, run.weight = self.transformer.wte(run.idx, run.state)
+        else:
+            x = self.transformer.wte(run.idx)  # (B, T, C)
+        if self.lm_head is not None:
+            run.weight = self.lm_head.weight  # (V, C)
+        if self.config.pos_embedding == "learned":
+            x = x + self.transformer.wpe.weight[run.past : run.past + run.idx.size(1)]
+        if self.config.pos_embedding == "ramanujan":
+            x = x + self.transformer.positions(run.idx.size(1), run.past)
+        x = self.transformer.drop(x)
+        if self.manifold is not None:
+            moved, point = self.manifold(x)
+            self.manifold.add_losses(point, run)
+            x = x + moved
+            run.spectrum = None if self.spectral is None else self.spectral(point)
+        return x
+
+    def trunk(self, x, run):
+        """All blocks: (B, T, C) -> (B, T, C)."""
+        outputs = [x]  # the embedding and each block's output, for layer aggregation
+        n_read = getattr(self.head, "layers_read", 0)
+        x = self.streams.spread(x)  # (B, T, n, C) under use_mhc
+        for layer, block in enumerate(self.transformer.h, 1):
+            x = block(x, run)
+            if self.limits is not None:
+                x = self.limits(x)
+            if layer < self.config.n_layer:
+                x = run.cut(x, "block")
+            if self.mla is not None:
+                x = self.mla(x, outputs)
+            if n_read:
+                run.hiddens = [*run.hiddens, stream_mean(x)][-n_read:]
+        return stream_mean(x)
+
+    def final_norm(self, x, run):
+        """The final norm of what is read: (B, T, C), or (B, 1, C) where only the last position's logits are wanted."""
+        if run.targets is None and self.head is None and self.slate is None:
+            x = x[:, -1:]
+        return self.transformer.ln_f(x) if self.dfa is None else self.dfa.final_norm(self.transformer.ln_f, x, run)
+
+    def predict(self, h, run):
+        """Logits, and the language-model loss if there are targets, of h (B, T, C): the one place that knows heads."""
+        is_chunked = run.targets is not None and run.training and self.config.loss_chunk > 0
+        shown = slice(-1, None) if run.targets is None or is_chunked else slice(None)
+        context = self.context(h, run)
+        if self.head is not None:
+            context_of_head = context if self.config.has_region_slate else None
+            logits, chunked = self.head.predict(h, context_of_head, run, shown, is_chunked)
+        else:
+            logits = F.linear(h[:, shown], run.weight) if self.lm_head is None else self.lm_head(h[:, shown])
+            chunked = None
+            if is_chunked:
+                chunked = chunked_cross_entropy(h, run.weight, run.targets, self.config.loss_chunk, per_token=True)
+        loss = None if run.targets is None else language_model_loss(logits, chunked, run)
+        if self.ae is not None and run.training and run.targets is not None:
+            self.ae.add_losses(h, context, run)
+        return logits, loss
+
+    def context(self, h, run):
+        """The context summary (B, T, C) of final hidden states h (B, T, C), or None where nothing reads it."""
+        in_head = self.config.has_region_slate and self.config.has("reads_context")
+        if not (in_head or (self.ae is not None and run.training and run.targets is not None)):
+            return None
+        context = self.slate(h, run.state)
+        if self.config.region_slate_include_error:
+            context = self.slate.with_error(context, self.ae.error(h, context, run.idx, run.weight, run.state))
+        return context
+
+    def objective(self, loss, run):
+        """The loss plus the weighted auxiliary losses, which exist in training only; all parts in `losses`."""
+        if loss is None:
+            return None
+        self.losses = {"lm": loss.detach()} | {name: value.detach() for name, (_, value) in run.losses.items()}
+        for weight, value in run.losses.values():
+            loss = loss + weight * value
+        return loss
+
+    def measures(self):
+        """What modules measured of themselves in the last forward, by name, averaged over them: 0-d tensors."""
+        found = {}
+        for module in self.having("measured"):
+            for name, value in module.measured.items():
+                found.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in found.items()}
+
+    def get_avg_sparsity(self):
+        """Mean share of silent units over the layers of sparse events in the last forward, 0-d; None without any."""
+        return self.measures().get("sparsity")
+
+    @property
+    def returns_log_probs(self):
+        """Whether forward's logits are log-probabilities; either way their softmax is the distribution."""
+        return self.config.has("returns_log_probs")
+
+    # Text -----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
+               repetition_window=None, use_cache=True, generator=None):  # fmt: skip
+        """Yield one new token a sequence at a time, (B, 1) int64, after the prompts idx (B, T); see `generate`."""
+        if idx.dim() != 2 or idx.size(1) == 0:
+            raise ValueError(f"the prompt must be (B, T) with T >= 1, not {tuple(idx.shape)}")
+        check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, repetition_window)
+        training, limit = self.training, self.max_positions
+        state = DecodingState() if use_cache else None
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                if state is None or (limit is not None and idx.size(1) > limit):
+                    logits, _ = self(idx if limit is None else idx[:, -limit:])  # a learned position table: slide
+                else:
+                    logits, _ = self(idx[:, state.pos :], state=state)
+                new = next_token(logits[:, -1].float(), idx, temperature, top_k, top_p, min_p, repetition_penalty,
+                                 repetition_window, generator)  # fmt: skip
+                idx = torch.cat((idx, new), dim=1)
+                yield new
+        finally:
+            self.train(training)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
+                 use_cache=True, generator=None, repetition_window=None):  # fmt: skip
+        """The prompts idx (B, T) int64 followed by max_new_tokens sampled tokens: (B, T + max_new_tokens).
+
+        temperature 0 is greedy. top_k, top_p and min_p cut the tail, in that order. repetition_penalty r divides a seen
+        token's logit by r if it is positive and multiplies it if negative, before the temperature; repetition_window
+        limits "seen" to the last so many tokens. use_cache=False recomputes everything for each token, with the same
+        result. Beyond block_size a model with learned positions slides its window, others go on from their state.
+        ValueError for settings out of range.
+        """
+        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, repetition_window,
+                          use_cache, generator)  # fmt: skip
+        return torch.cat((idx, *new), dim=1)
+
+    # Training -------------------------------------------------------------------------------------------------------
+
+    def num_params(self, non_embedding=True):
+        """Number of parameters, position table left out by default as in nanoGPT (token embeddings serve the head)."""
+        n = sum(p.numel() for p in self.parameters())
+        if non_embedding and self.config.pos_embedding == "learned":
+            n -= self.transformer.wpe.weight.numel()
+        if non_embedding and not self.config.tie_weights and not self.config.use_sdr:
+            n -= self.transformer.wte.weight.numel()
+        return n
+
+    def flops_per_token(self, T=None):
+        """Training FLOPs per token at context T (default block_size): forward, and twice that backward.
+
+        2 per weight of every linear layer, plus what modules add in their own `flops_per_token`.
+        """
+        T = T or self.config.block_size
+        linear = sum(2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        own = sum(m.flops_per_token(T) for m in self.having("flops_per_token"))
+        return 3 * (linear + own)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW, fused where PyTorch has it. Matrices decay; vectors and scalars (norms, biases, gains) do not."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        matrices, vectors = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        is_fused = device_type in ("cpu", "cuda", "mps")
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=is_fused)
+        for rule in self.having("attach"):
+            rule.attach(optimizer, self)
+        for module in self.having("before_step"):  # what was counted is applied once per step
+            optimizer.register_step_pre_hook(lambda *_, apply=module.before_step: apply())
+        return optimizer
+
+    def set_stage(self, stage):
+        """Move to a stage, 0 to 6, of a curriculum along E7's chain; ValueError if no module has stages."""
+        if not (modules := self.having("set_stage")):
+            raise ValueError('no part of the model has stages: set use_manifold and manifold="e7"')
+        for module in modules:
+            module.set_stage(stage)
+
+    def alignment(self, *batch):
+        """How well feedback agrees with backpropagation, see `alignment`; {} under backpropagation itself."""
+        return {} if self.config.method == "bp" else alignment(self, *batch)
+
+    def crop_block_size(self, block_size):
+        """Shorten the context, e.g. of a pre-trained model. ValueError if it would have to grow."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"block_size={block_size}: must be 1 to {self.config.block_size}, it can only shrink")
+        self.config.block_size = block_size
+        if self.config.pos_embedding == "learned":
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
+        for module in self.having("crop"):
+            module.crop(block_size)
+
+    # Checkpoints and Hugging Face -----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, **overrides):
+        """The model in a dict from `load_checkpoint`, nanoGPT's included; overrides replace config fields (dropout).
+
+        CheckpointError if its flags or tensors are not this version's.
+        """
+        args = checkpoint["model_args"] | overrides
+        if unknown := sorted(args.keys() - {f.name for f in fields(GPTConfig)}):
+            raise CheckpointError(f"the checkpoint has flags this version does not know: {', '.join(unknown)}")
+        try:
+            model = cls(GPTConfig(**args))
+            model.load_state_dict(own_projections(checkpoint["model"], model))
+        except (ValueError, TypeError, RuntimeError) as e:
+            raise CheckpointError(f"the checkpoint does not fit its own flags: {e}") from e
+        return model
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir, **overrides):
+        """A GPT-2 by its name or Hugging Face directory, see `read_gpt2`; overrides replace config fields (dropout)."""
+        args, weights = read_gpt2(name_or_dir)
+        model = cls(GPTConfig(**args | overrides))
+        model.load_state_dict(own_projections(weights, model))
+        return model
+
+    def export_hf(self, directory):
+        """Write a plain GPT-2 Hugging Face directory, see `write_gpt2`."""
+        write_gpt2(self, directory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small parts: activations, sums over processes, the key-value cache.
 
 
 def relu2(x):
@@ -533,27 +891,7 @@ def all_reduce(counts):
         torch.distributed.all_reduce(counts)
 
 
-class DecodingState:
-    """What a model remembers of the tokens it has read, so that the next one costs a step and not a sequence.
-
-    `pos` is how many tokens were read. `state.of(module)` is a dict that belongs to that module alone, empty at first:
-    keys and values, a recurrent field, a window, a running mean. One state serves one batch of sequences.
-    """
-
-    def __init__(self):
-        self.pos = 0
-        self.stores = {}
-
-    def of(self, module):
-        return self.stores.setdefault(module, {})
-
-    def nbytes(self):
-        """Bytes of all tensors held, spare room of growing buffers included."""
-        tensors = [t for store in self.stores.values() for t in store.values() if torch.is_tensor(t)]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def append_kv(store, k, v):
+def append_to_cache(store, k, v):
     """Add k, v (B, nh, t, hs) to a layer's store; returns all n so far, (B, nh, n, hs) each.
 
     The buffer doubles when it is full, so a token costs O(1) copies, whatever the length.
@@ -570,291 +908,6 @@ def append_kv(store, k, v):
     store["kv"][1, :, :, start:n] = v
     store["n"] = n
     return store["kv"][0, :, :, :n], store["kv"][1, :, :, :n]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors sent elsewhere: y is computed as always, and its parameters get exact gradients, but the error that reaches the
-# input x follows another rule: y(x.detach()) joined with x by `Redirect`. Everything below is built on it, costs no
-# memory of its own, and is switched off by `exact` (real backpropagation: calibration steps and diagnostics) and in
-# forward mode (GrAPE), where the layer itself is differentiated.
-
-
-class Redirect(torch.autograd.Function):
-    """y, unchanged; backward: y gets its error g, and x gets rule(g, *saved). `rule` is a function below."""
-
-    @staticmethod
-    def forward(y, x, rule, *saved):
-        return y.view_as(y)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, x, ctx.rule, *saved = inputs
-        ctx.dtype = x.dtype
-        ctx.save_for_backward(*saved)
-
-    @staticmethod
-    def backward(ctx, g):
-        saved = ctx.saved_tensors
-        sent = ctx.rule(g, *saved).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return g, sent, None, *(None for _ in saved)
-
-
-def has_tangent(x):
-    """Whether x carries a forward-mode derivative, which kernels and redirected errors would lose."""
-    return not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None
-
-
-def is_exact(module, x):
-    return module.exact or has_tangent(x)
-
-
-def set_exact(model, on):
-    """Turn real backpropagation on or off everywhere in `model`; forward values stay the same."""
-    for module in model.modules():
-        if hasattr(module, "exact"):
-            module.exact = on
-
-
-@contextmanager
-def exactly(model):
-    """Real backpropagation inside the block, whatever the rule is outside."""
-    before = {m: m.exact for m in model.modules() if hasattr(m, "exact")}
-    set_exact(model, True)
-    try:
-        yield
-    finally:
-        for module, on in before.items():
-            module.exact = on
-
-
-def pass_through(g):
-    return g
-
-
-def straight_through(x, y):
-    """y, of x's shape, with the gradient of x."""
-    return x + (y - x).detach() if has_tangent(x) else Redirect.apply(y.detach(), x, pass_through)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# LocalLinear: y = W x + b; x (..., in) -> (..., out). With error g at y, dW = g x^T and db = g are exact, and x hears
-#   bp, dfa: W^T g        fa: B^T g, B fixed and random        sign_sym: s sign(W)^T g, s = mean |W| or a fixed size
-# B has the shape of W. Cost: the matrix products of backpropagation, and one pass over W for sign_sym. Sources:
-# Lillicrap et al. 2016 (arXiv 1411.0247), Liao et al. 2016 (1510.05067), Xiao et al. 2019 (1811.03567).
-
-METHODS = ("bp", "fa", "dfa", "sign_sym")
-FA_INITS = ("gaussian", "orthogonal", "ortho_he", "sparse")
-SIGN_SCALES = ("mean", "init", "frozen_magnitude")
-
-
-def feedback_matrix(out_features, in_features, mode, std, sparse_k, generator):
-    """Random feedback B (out, in), float32 on the CPU; std is the weights' own.
-
-    "gaussian": N(0, std). "orthogonal": orthonormal rows or columns, whichever are fewer. "ortho_he": the same with
-    entries of variance 2 / out (B sums over out errors). "sparse": sparse_k non-zeros a row (0: in / 16), N(0, std)
-    scaled so that the row keeps its variance.
-    """
-    shape = (out_features, in_features)
-    if mode in ("orthogonal", "ortho_he"):
-        B = nn.init.orthogonal_(torch.empty(shape, device="cpu"), generator=generator)
-        return B * math.sqrt(2 * max(shape) / out_features) if mode == "ortho_he" else B
-    B = std * torch.randn(shape, generator=generator, device="cpu")
-    if mode == "sparse":
-        k = min(sparse_k or max(1, in_features // 16), in_features)
-        kept = torch.rand(shape, generator=generator, device="cpu").topk(k, dim=1).indices
-        B *= math.sqrt(in_features / k) * torch.zeros(shape, device="cpu").scatter_(1, kept, 1.0)
-    return B
-
-
-def send_fixed(g, B):
-    return g @ B.to(g.dtype)
-
-
-def send_sign(g, W, magnitude):
-    return g @ sign_feedback(W, magnitude).to(g.dtype)
-
-
-def sign_feedback(W, magnitude):
-    """sign(W) times a magnitude: a number, a matrix, or by default mean |W|, which is nearest to W."""
-    return W.sign() * (W.abs().mean() if magnitude is None else magnitude)
-
-
-class LocalLinear(nn.Linear):
-    """nn.Linear whose input hears of errors by `method`; with "bp" and "dfa" it is nn.Linear to the last bit.
-
-    init_mode and sparse_k shape B ("fa"), sign_scale the magnitudes ("sign_sym": "mean", "init" or
-    "frozen_magnitude"), std is the weights' (default: nn.Linear's own) and seed that of the drawing. `feedback` is
-    saved. ValueError for names that do not exist.
-    """
-
-    def __init__(self, in_features, out_features, bias=True, method="bp", init_mode="gaussian", sparse_k=0,
-                 sign_scale="mean", std=None, seed=0):  # fmt: skip
-        super().__init__(in_features, out_features, bias)
-        for value, known in ((method, METHODS), (init_mode, FA_INITS), (sign_scale, SIGN_SCALES)):
-            if value not in known:
-                raise ValueError(f"{value!r}: must be one of {', '.join(known)}")
-        self.method, self.exact = method, False
-        std = 1 / math.sqrt(3 * in_features) if std is None else std
-        generator, feedback = torch.Generator("cpu").manual_seed(seed), None
-        if method == "fa":
-            feedback = feedback_matrix(out_features, in_features, init_mode, std, sparse_k, generator)
-        elif method == "sign_sym" and sign_scale == "frozen_magnitude":
-            feedback = feedback_matrix(out_features, in_features, "gaussian", std, 0, generator).abs()
-        elif method == "sign_sym" and sign_scale == "init":
-            feedback = torch.tensor(std)
-        if method in ("fa", "sign_sym"):
-            self.register_buffer("feedback", None if feedback is None else feedback.to(self.weight))
-
-    def forward(self, x):
-        if self.method in ("bp", "dfa") or is_exact(self, x):
-            return super().forward(x)
-        y = super().forward(x.detach())
-        if self.method == "fa":
-            return Redirect.apply(y, x, send_fixed, self.feedback)
-        return Redirect.apply(y, x, send_sign, self.weight, self.feedback)
-
-    def error_weight(self):
-        """What the error passes through on its way back, in the shape of W."""
-        if self.method == "sign_sym":
-            return sign_feedback(self.weight.detach(), self.feedback)
-        return self.feedback if self.method == "fa" else self.weight.detach()
-
-
-def localise(module, config, depth=""):
-    """Make every nn.Linear inside `module` a LocalLinear by config.method, before the weights are initialised."""
-    for name, child in module.named_children():
-        path = f"{depth}.{name}" if depth else name
-        if type(child) is not nn.Linear:
-            localise(child, config, path)
-            continue
-        std = 0.02 / math.sqrt(2 * config.n_layer) if name in ("c_proj", "o_proj") else 0.02
-        linear = LocalLinear(
-            child.in_features, child.out_features, child.bias is not None, config.method, config.fa_init_mode,
-            config.fa_sparse_k, config.sign_sym_scale, std, seed=config.frozen_seed + zlib.crc32(path.encode()),
-        )  # fmt: skip
-        setattr(module, name, linear)
-
-
-def split_c_attn(weights):
-    """A state dict with separate q_proj, k_proj, v_proj and o_proj, from one with attn.c_attn and attn.c_proj."""
-    split = {}
-    for name, w in weights.items():
-        stem, dot, kind = name.rpartition(".")
-        if stem.endswith("attn.c_attn"):
-            split |= {f"{stem[:-6]}{p}_proj.{kind}": part.clone() for p, part in zip("qkv", w.chunk(3))}
-        elif stem.endswith("attn.c_proj"):
-            split[f"{stem[:-6]}o_proj.{kind}"] = w
-        else:
-            split[name] = w
-    return split
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Surrogate gradients: activations and norms whose backward leaves something out, z = (x - mean) / sigma.
-#   ste_sigmoid, ste_gelu: dx = dy. ln_mode, with g = dy w: "ste" dx = dy, "center_scale" dx = (g - mean g) / sigma,
-#   "projected" dx = (g - mean g - z mean(g z)) / sigma, which is the exact gradient: it is here to be compared with.
-# Gains and biases of norms get exact gradients in every mode. Straight-through: Bengio et al. 2013, arXiv 1308.3432.
-
-
-class SigmoidSTE(nn.Module):
-    """sigmoid(x), any shape; the backward leaves out y (1 - y)."""
-
-    exact = False
-
-    def forward(self, x):
-        return x.sigmoid() if is_exact(self, x) else straight_through(x, x.detach().sigmoid())
-
-
-class GELUSTE(nn.Module):
-    """gelu(x), exact form, any shape; the backward leaves out gelu'(x)."""
-
-    exact = False
-
-    def forward(self, x):
-        return F.gelu(x) if is_exact(self, x) else straight_through(x, F.gelu(x.detach()))
-
-
-class LayerNormSTE(nn.LayerNorm):
-    """Layer norm whose error passes as it is."""
-
-    exact = False
-
-    def forward(self, x):
-        if is_exact(self, x):
-            return super().forward(x)
-        return Redirect.apply(super().forward(x.detach()), x, pass_through)
-
-
-def center_scale(g, z, rstd, weight):
-    g = g if weight is None else g * weight
-    return (g - g.mean(-1, keepdim=True)) * rstd
-
-
-def project_out(g, z, rstd, weight):
-    g = g if weight is None else g * weight
-    return (g - g.mean(-1, keepdim=True) - z * (g * z).mean(-1, keepdim=True)) * rstd
-
-
-class LayerNormCenterScale(LayerNormSTE):
-    """Layer norm whose error is centred and divided by sigma."""
-
-    rule = staticmethod(center_scale)
-
-    def forward(self, x):
-        if is_exact(self, x):
-            return nn.LayerNorm.forward(self, x)
-        z, _, rstd = torch.native_layer_norm(x.detach(), self.normalized_shape, None, None, self.eps)
-        y = z if self.weight is None else z * self.weight
-        y = y if self.bias is None else y + self.bias
-        return Redirect.apply(y, x, self.rule, z, rstd, self.weight)
-
-
-class LayerNormProjectedSurrogate(LayerNormCenterScale):
-    """Layer norm with its error's components along 1 and z taken out: the exact gradient, written by hand."""
-
-    rule = staticmethod(project_out)
-
-
-NORMS = {
-    "bp": nn.LayerNorm,
-    "ste": LayerNormSTE,
-    "center_scale": LayerNormCenterScale,
-    "projected": LayerNormProjectedSurrogate,
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Softmax attention with a local backward (fuse_attn_local): A = softmax(S), O = A V, and for an error dO,
-#   dS = A (<dO, V_j> - <dO, O>), dV = A^T dO: what autograd computes, written with a row's own numbers alone.
-# O(T^2) with T x T matrices in memory. The second term is FlashAttention's D (Dao et al. 2022, arXiv 2205.14135).
-
-
-class SoftmaxValueMixLocal(torch.autograd.Function):
-    """softmax(S) V; scores S (..., T, n) with -inf where a key is not seen, V (..., n, hs) -> (..., T, hs)."""
-
-    @staticmethod
-    def forward(S, V):
-        A = S.softmax(-1)
-        return A @ V, A
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        O, A = output
-        ctx.mark_non_differentiable(A)
-        ctx.save_for_backward(inputs[1], O, A)
-
-    @staticmethod
-    def backward(ctx, dO, _):
-        V, O, A = ctx.saved_tensors
-        dS = (dO @ V.mT).sub_((dO * O).sum(-1, keepdim=True)).mul_(A)
-        return dS, A.mT @ dO
-
-
-def local_attention(q, k, v):
-    """Causal softmax attention, q, k, v (B, nh, T, hs), through SoftmaxValueMixLocal."""
-    (B, nh, T, hs), (q, k, v) = q.shape, (x.flatten(0, 1) for x in (q, k, v))
-    mask = q.new_full((T, T), -torch.inf).triu(1)
-    return SoftmaxValueMixLocal.apply(torch.baddbmm(mask, q, k.mT, alpha=hs**-0.5), v)[0].view(B, nh, T, hs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -921,7 +974,7 @@ def region_relation(C, rings, region_size=0, edges=0):
 
 
 def feedback_weights(starts, region_size, rings, hops):
-    """What each cell hears of the ones before: (C, C), strictly lower triangular, rows that sum to 1 or 0.
+    """Weights of the earlier cells in each cell's feedback: (C, C), strictly lower triangular, rows sum to 1 or 0.
 
     Seen from cell c, a region's value is the mean over the tokens of its complete cells, those before c; one hop
     replaces it by the mean of the values, where there are any, of the regions at most `rings` away and not after c's.
@@ -938,15 +991,15 @@ def feedback_weights(starts, region_size, rings, hops):
         r = torch.arange(len(value), device="cpu")
         neighbour = ((r[:, None] - r[None, :]).abs() <= rings).double()
         for _ in range(hops):
-            heard = neighbour @ has
-            value, has = neighbour @ value / heard.clamp(min=1), (heard > 0).double()
-        weights[c, :c] = value[-1] / length[:c]  # of the sum over a cell's tokens
+            near = neighbour @ has  # regions with a value among the neighbours
+            value, has = neighbour @ value / near.clamp(min=1), (near > 0).double()
+        weights[c, :c] = value[-1] / length[:c]  # applied to the sum over a cell's tokens
     return weights.float()
 
 
-def relate_again(cells, incompatible_keys):
-    """After other cells were loaded: what follows from them."""
-    cells.relate()
+def update_relation(cells, incompatible_keys):
+    """After other cells were loaded: recompute what follows from them."""
+    cells.update_relation()
 
 
 class Cells(nn.Module):
@@ -955,7 +1008,7 @@ class Cells(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         rings = config.neighbor_rings if config.use_block_sparse else 1
-        rings = max(1, rings) if config.has_knots(layer) else rings  # a knot is tied from the cell before
+        rings = max(1, rings) if config.has_knots(layer) else rings  # knots are tied by the strand of the cell before
         self.relation = (rings, config.region_size, config.region_edges)
         self.graph = (
             (config.region_size, config.region_rings, config.feedback_hops) if config.use_region_feedback else None
@@ -969,19 +1022,19 @@ class Cells(nn.Module):
             cell = torch.arange(config.block_size, device="cpu") // config.knot_block
         self.register_buffer("cell", cell)
         self.register_buffer("offset", anchor_local_offsets(torch.arange(len(cell), device="cpu"), anchors, cell))
-        self.register_load_state_dict_post_hook(relate_again)
-        self.relate()
+        self.register_load_state_dict_post_hook(update_relation)
+        self.update_relation()
 
-    def relate(self):
-        """Work out, from the cells, which may look at which and what they hear of each other."""
+    def update_relation(self):
+        """Work out, from the cells, which may look at which and how much they feed back to each other."""
         cell = self.cell.cpu()
         route = Route.from_cells(cell, region_relation(int(cell[-1]) + 1, *self.relation))
         self.starts = route.starts
         self.register_buffer("allowed", route.allowed.to(self.cell.device), persistent=False)
-        self.register_buffer("keys", route.keys_per_query().to(self.cell.device), persistent=False)  # a position sees
+        self.register_buffer("keys", route.keys_per_query().to(self.cell.device), persistent=False)  # per position
         if self.graph:
-            heard = feedback_weights(route.starts, *self.graph).to(self.cell.device)
-            self.register_buffer("heard", heard, persistent=False)
+            weights = feedback_weights(route.starts, *self.graph).to(self.cell.device)
+            self.register_buffer("region_weights", weights, persistent=False)
 
     @property
     def route(self):
@@ -989,7 +1042,7 @@ class Cells(nn.Module):
 
     def crop(self, block_size):
         self.cell, self.offset = self.cell[:block_size].clone(), self.offset[:block_size].clone()
-        self.relate()
+        self.update_relation()
 
 
 class FeRoPE(nn.Module):
@@ -1002,7 +1055,7 @@ class FeRoPE(nn.Module):
             generator = torch.Generator("cpu").manual_seed(config.anchor_seed)
             W = torch.randn(m, generator=generator, device="cpu") / config.anchor_min_gap
         if config.ferope_learnable:
-            self.W = nn.Parameter(W)  # (m,) radians a token
+            self.W = nn.Parameter(W)  # (m,) radians per token
         else:
             self.register_buffer("W", W)
 
@@ -1015,7 +1068,7 @@ class FeRoPE(nn.Module):
         return self
 
     def forward(self, q, k, delta):
-        """q, k (B, nh, T, hs) turned to delta (T,), in tokens."""
+        """q, k (B, nh, T, hs) rotated to the positions delta (T,), in tokens."""
         return ferope_ar_rotate(q, k, delta[:, None].to(torch.promote_types(self.W.dtype, torch.float32)) * self.W)
 
 
@@ -1026,50 +1079,9 @@ class FeRoPE(nn.Module):
 # t is known from its residues: no two positions below 5,354,228,880 coincide, and a shorter block has the same columns.
 # W (C, 124) is all there is to learn. Cost: T 124 C for a sequence, whatever the batch. Ramanujan 1918.
 
-PRIME_POWERS = (2, 3, 4, 5, 7, 8, 9, 11, 13, 16, 17, 19, 23)
-
-
-def prime_factors(q):
-    """[(prime, exponent), ...] of an integer q >= 1, by trial division."""
-    factors, p = [], 2
-    while q > 1:
-        e = 0
-        while q % p == 0:
-            q, e = q // p, e + 1
-        factors += [(p, e)] if e else []
-        p = p + 1 if p * p <= q else q
-    return factors
-
-
-def ramanujan_sum(q, n):
-    """c_q(n), exact, for an int q >= 1 and any n, an int or a tensor of ints. ValueError for q < 1.
-
-    Multiplicative in q; for q = p^e it is p^e - p^(e-1) if p^e divides n, else -p^(e-1) if p^(e-1) does, else 0.
-    """
-    if q < 1:
-        raise ValueError(f"q={q}: must be at least 1")
-    c = 1 + 0 * n
-    for p, e in prime_factors(q):
-        low = p ** (e - 1)
-        c = c * low * (p * (n % (p * low) == 0) - 1) * (n % low == 0)
-    return c
-
-
-def ramanujan_table(block_size):
-    """The rows r_t of positions 0 .. block_size - 1, (block_size, 124) float32; their norm is 1 in quadratic mean."""
-    n, columns, size = torch.arange(block_size, device="cpu"), [], 0.0
-    for q in PRIME_POWERS:
-        phi = ramanujan_sum(q, 0)
-        units = torch.tensor([k for k in range(1, q // 2 + 1) if math.gcd(k, q) == 1], device="cpu")
-        angle = 2 * math.pi / q * (n[:, None] * units % q).double()
-        waves = (angle.cos(), angle.sin()) if q > 2 else (angle.cos(),)  # sin(pi n) is 0
-        columns += [part * (q * phi) ** -0.5 for part in (*waves, ramanujan_sum(q, n)[:, None])]
-        size += (max(phi / 2, 1) + phi) / (q * phi)  # mean over n of the squares of these
-    return (torch.cat(columns, dim=1) * size**-0.5).float()
-
 
 class RamanujanPositions(nn.Module):
-    """What to add to the tokens at positions past .. past + T - 1, (T, C); of the token embeddings' size, 0.02."""
+    """What to add to the tokens at positions past .. past + T - 1, (T, C); as large as token embeddings, 0.02."""
 
     def __init__(self, config):
         super().__init__()
@@ -1091,25 +1103,6 @@ class RamanujanPositions(nn.Module):
 #   strands (B, nh, cells, n, 3); relations and biases (B, nh, query cell, key cell).
 # Cost: (T / cell)^2 n^2 sides of lines for all linking numbers (kernels/knots.py), then O(T k) attention.
 # Source: Gauss 1833; the gate is ours.
-
-
-def linking_number(a, b):
-    """Linking number of two disjoint closed polygons (n, 3) and (m, 3), the closing edge added: an exact int."""
-    return int(linking_numbers(*as_curves(a, b)))
-
-
-def gauss_linking_integral(a, b):
-    """Gauss integral of two open polygonal chains (n, 3) and (m, 3), a float: by the solid angles of their segments."""
-    return float(gauss_linking_integrals(*as_curves(a, b)))
-
-
-def as_curves(*curves):
-    """Curves in float64, refused if they are none."""
-    curves = [torch.as_tensor(x, dtype=torch.float64).detach() for x in curves]
-    for x in curves:
-        if x.dim() != 2 or x.size(1) != 3 or x.size(0) < 1 or not x.isfinite().all():
-            raise ValueError(f"a curve is a finite (n, 3) array of at least one vertex, not {tuple(x.shape)}")
-    return curves
 
 
 def strand_grid(starts, n, device="cpu"):
@@ -1186,9 +1179,7 @@ class KnotGate(nn.Module):
         starts = self.cells.route.first(x.size(1)).starts
         done = strands(self.points(x), starts, self.vertices)
         links = strand_links(done)
-        return 0, *self.tie(
-            done.roll(1, 2), links.roll(1, 2), done, len(starts) - 1
-        )  # row 0 has nothing to choose from
+        return 0, *self.tie(done.roll(1, 2), links.roll(1, 2), done, len(starts) - 1)  # row 0 has nothing to choose
 
     def points(self, x):
         """Tokens (B, T, C) in each head's space, (B, nh, T, 3), in float32 or better under autocast too."""
@@ -1252,7 +1243,7 @@ class KnotGate(nn.Module):
 # Token mixer: causal attention.
 #   softmax: y_t = sum_{s <= t} softmax_s(q_t k_s / sqrt(hs)) v_s, per head; x (B, T, C) -> (B, T, C)
 #   sigmoid: y_t = sum_{s <= t} sigmoid(q_t k_s / sqrt(hs) + b_t) v_s; with b_t = -log(keys) it starts as their mean
-# O(T^2) in training, O(T) a token in decoding, with a state of 2 C numbers a token.
+# O(T^2) in training, O(T) per token in decoding, with a state of 2 C numbers per token.
 # Sources: Vaswani et al. 2017; sigmoid: Ramapuram et al. 2024, arXiv 2409.04431.
 
 
@@ -1272,7 +1263,7 @@ def causal_attention(q, k, v, dropout=0.0):
 def sigmoid_attention(q, k, v, row_bias, mask, bias=0.0, dropout=0.0, ste=None):
     """sigmoid(q k^T / sqrt(hs) + row_bias + bias) v over the keys in mask; q (B, nh, T, hs), k and v (B, nh, n, hs).
 
-    row_bias (T,); mask and bias broadcast to (B, nh, T, n); ste: a SigmoidSTE, whose error must not reach masked keys.
+    row_bias (T,); mask and bias broadcast to (B, nh, T, n); ste: a SigmoidSTE, whose gradient spares masked keys.
     """
     scores = (q @ k.mT * q.size(-1) ** -0.5 + row_bias[:, None] + bias).to(q.dtype)
     att = scores.sigmoid() * mask if ste is None else ste(scores).masked_fill(~mask, 0.0)
@@ -1280,11 +1271,13 @@ def sigmoid_attention(q, k, v, row_bias, mask, bias=0.0, dropout=0.0, ste=None):
 
 
 class CausalSelfAttention(nn.Module):
+    activation = "softmax"
+    has_scores = takes_knots = has_forward_mode = takes_learning_rules = takes_local_backward = has_columns = True
+
     def __init__(self, config, layer=0):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
         self.is_sparse = config.use_block_sparse or config.has_knots(layer)
-        self.activation = "sigmoid" if config.mixer(layer) == "sigmoid" else "softmax"
         self.bias_mode = config.sigmoid_bias_mode
         self.is_split, self.is_local = config.method != "bp", config.fuse_attn_local
         if self.is_split:  # each with its own feedback
@@ -1303,54 +1296,50 @@ class CausalSelfAttention(nn.Module):
         self.ste = SigmoidSTE() if config.ste_sigmoid and self.activation == "sigmoid" else None
         if self.activation == "sigmoid" and self.bias_mode == "learned":
             self.sigmoid_bias = nn.Parameter(torch.tensor(-math.log(config.block_size)))
-        self.activity = torch.zeros(()) if config.htm_meta_strength else None  # how active each head was, by token
 
-    def forward(self, x, state=None, spectrum=None):
+    def forward(self, x, run=ALONE):
         if self.is_split:
-            y = self.mix(x, self.q_proj(x), self.k_proj(x), self.v_proj(x), state, spectrum)
+            y = self.mix(x, self.q_proj(x), self.k_proj(x), self.v_proj(x), run)
             return self.resid_dropout(self.o_proj(y))
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
-        return self.resid_dropout(self.c_proj(self.mix(x, q, k, v, state, spectrum)))
+        return self.resid_dropout(self.c_proj(self.mix(x, q, k, v, run)))
 
-    def mix(self, x, q, k, v, state, spectrum):
-        """Attention over the values v, by q and k, of which x is the input: all (B, T, C)."""
-        B, T, C = x.shape
+    def mix(self, x, q, k, v, run):
+        """Attention over the values v by queries q and keys k, all made of the layer's input x: all (B, T, C)."""
+        (B, T, C), past, state = x.shape, run.past, run.state
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
-        past = 0 if state is None else state.pos
-        now = torch.arange(past, past + T, device=x.device)
+        q_pos = torch.arange(past, past + T, device=x.device)
         if self.ferope is not None:
-            q, k = self.ferope(q, k, self.cells.offset[past : past + T] if self.is_anchored else now)
+            q, k = self.ferope(q, k, self.cells.offset[past : past + T] if self.is_anchored else q_pos)
         if self.spectral is not None:  # the same shift of both: tokens of one community attract, at any distance
-            shift = self.spectral(spectrum.to(x.dtype)).view(B, T, self.n_head, -1).transpose(1, 2)
+            shift = self.spectral(run.spectrum.to(x.dtype)).view(B, T, self.n_head, -1).transpose(1, 2)
             q, k = q + shift, k + shift
         knots = self.knots(x, state) if self.knots is not None else None
         if state is not None:
-            keys, values, place = self.remember(state, k, v)
-        y = self.attend(q, k, v, now, knots) if past == 0 else self.attend_to_memory(q, keys, values, now, place, knots)
+            cached = self.append_to_cache(state, k, v)
+        y = self.attend(q, k, v, q_pos, knots) if past == 0 else self.attend_cached(q, *cached, q_pos, knots)
         if state is not None and self.is_sparse and knots is None:
-            self.forget(state.of(self), past + T)
-        if self.activity is not None and self.training:
-            self.activity = y.detach().float().norm(dim=-1).transpose(1, 2)  # (B, T, nh)
+            self.evict(state.of(self), past + T)
         return y.transpose(1, 2).reshape(B, T, C)
 
-    def row_bias(self, now):
-        """What a sigmoid layer adds to the scores of the queries at positions now (T,): (T,) float32; softmax: None."""
+    def row_bias(self, q_pos):
+        """What a sigmoid layer adds to the scores of queries at positions q_pos (T,): (T,) float32; softmax: None."""
         if self.activation == "softmax":
             return None
-        if self.bias_mode in ("zero", "learned"):
-            return (
-                self.sigmoid_bias.expand(len(now)) if self.bias_mode == "learned" else now.new_zeros(len(now)).float()
-            )
+        if self.bias_mode == "zero":
+            return q_pos.new_zeros(len(q_pos)).float()
+        if self.bias_mode == "learned":
+            return self.sigmoid_bias.expand(len(q_pos))
         if self.bias_mode == "neg_log_i":
-            return -(self.cells.keys[now] if self.is_sparse else now + 1).float().log()
-        most = self.cells.keys.max() if self.is_sparse else torch.full((), self.block_size, device=now.device)
+            return -(self.cells.keys[q_pos] if self.is_sparse else q_pos + 1).float().log()
+        most = self.cells.keys.max() if self.is_sparse else torch.full((), self.block_size, device=q_pos.device)
         if self.knots is not None:
             most = most + self.knots.k * self.cells.cell.bincount().max()
-        return -most.float().log().expand(len(now))
+        return -most.float().log().expand(len(q_pos))
 
-    def attend(self, q, k, v, now, knots):
+    def attend(self, q, k, v, q_pos, knots):
         """Queries, keys and values (B, nh, T, hs) of one text from its start on: (B, nh, T, hs)."""
-        row_bias, dropout = self.row_bias(now), self.dropout if self.training else 0.0
+        row_bias, dropout = self.row_bias(q_pos), self.dropout if self.training else 0.0
         if self.is_sparse and self.ste is None:
             route, bias = self.cells.route.first(q.size(2)), None
             if knots is not None:
@@ -1359,174 +1348,81 @@ class CausalSelfAttention(nn.Module):
             attention = reference if has_tangent(q) else block_sparse_attention  # the kernel has no forward mode
             return attention(q, k, v, route, activation=self.activation, bias=bias, row_bias=row_bias)
         if self.activation == "sigmoid":
-            return sigmoid_attention(q, k, v, row_bias, self.seen(now, now), dropout=dropout, ste=self.ste)
+            return sigmoid_attention(q, k, v, row_bias, self.mask(q_pos, q_pos), dropout=dropout, ste=self.ste)
         if self.is_local and not has_tangent(q):
             return local_attention(q, k, v)
         return causal_attention(q, k, v, dropout)
 
-    def seen(self, now, place):
-        """Which keys, at positions place (n,), the queries at positions now (T,) see: (T, n) bool."""
-        mask = place[None, :] <= now[:, None]
+    def mask(self, q_pos, k_pos):
+        """Which keys, at positions k_pos (n,), the queries at positions q_pos (T,) attend to: (T, n) bool."""
+        mask = k_pos[None, :] <= q_pos[:, None]
         if self.is_sparse and self.knots is None:
             cell = self.cells.cell
-            mask = mask & self.cells.allowed[cell[now][:, None], cell[place][None, :]]
+            mask = mask & self.cells.allowed[cell[q_pos][:, None], cell[k_pos][None, :]]
         return mask
 
-    def attend_to_memory(self, q, k, v, now, place, knots):
-        """New queries (B, nh, T, hs), at positions now (T,), over the n keys kept, at positions place (n,)."""
+    def attend_cached(self, q, k, v, k_pos, q_pos, knots):
+        """New queries (B, nh, T, hs), at positions q_pos (T,), over the n cached keys, at positions k_pos (n,)."""
         if q.size(2) == 1 and not self.is_sparse and self.activation == "softmax":
             return F.scaled_dot_product_attention(q, k, v)
-        mask, bias = self.seen(now, place), 0.0
+        mask, bias = self.mask(q_pos, k_pos), 0.0
         if knots is not None:
-            k, v, mask, bias = self.tied_keys(k, v, mask, now, place, *knots)
+            k, v, mask, bias = self.gather_linked_keys(k, v, mask, q_pos, k_pos, *knots)
         if self.activation == "sigmoid":
-            return sigmoid_attention(q, k, v, self.row_bias(now), mask, bias)
+            return sigmoid_attention(q, k, v, self.row_bias(q_pos), mask, bias)
         if knots is not None:
             mask = torch.where(mask, bias, -math.inf).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    def tied_keys(self, k, v, mask, now, place, first, allowed, bias):
+    def gather_linked_keys(self, k, v, mask, q_pos, k_pos, first, allowed, bias):
         """(k, v, mask, bias) of what knots allow. A single query reads only its cells' keys, whatever n is."""
         cell = self.cells.cell
-        if len(now) > 1:
-            rows, columns = cell[now][:, None] - first, cell[place][None, :]
+        if len(q_pos) > 1:
+            rows, columns = cell[q_pos][:, None] - first, cell[k_pos][None, :]
             return k, v, mask & allowed[:, :, rows, columns], bias[:, :, rows, columns]
         starts = torch.tensor(self.cells.starts, device=k.device)
         most = int(allowed.sum(-1).max())
         chosen, index = allowed[:, :, 0].to(torch.uint8).topk(most)  # (B, nh, cells that the fullest head has)
         within = torch.arange(int(starts.diff().max()), device=k.device)
         position = starts[index][..., None] + within  # (B, nh, cells, tokens)
-        real = (position < starts[index + 1][..., None]) & (position <= now) & chosen.bool()[..., None]
+        real = (position < starts[index + 1][..., None]) & (position <= q_pos) & chosen.bool()[..., None]
         bias = bias[:, :, 0].gather(2, index)[..., None].expand(position.shape)
         position = position.flatten(2).clamp(max=k.size(2) - 1)[..., None].expand(-1, -1, -1, k.size(3))
         return k.gather(2, position), v.gather(2, position), real.flatten(2)[:, :, None], bias.flatten(2)[:, :, None]
 
-    def remember(self, state, k, v):
-        """Add new keys and values to the layer's memory: all of them now, (B, nh, n, hs), and their positions (n,)."""
+    def append_to_cache(self, state, k, v):
+        """Add new keys and values to the layer's cache: all so far, (B, nh, n, hs) each, and their positions (n,)."""
         store, new = state.of(self), torch.arange(state.pos, state.pos + k.size(2), device=k.device)
-        k, v = append_kv(store, k, v)
+        k, v = append_to_cache(store, k, v)
         if not self.is_sparse:
             return k, v, torch.arange(k.size(2), device=k.device)
-        store["place"] = torch.cat((store["place"], new)) if "place" in store else new
-        return k, v, store["place"]
+        store["k_pos"] = torch.cat((store["k_pos"], new)) if "k_pos" in store else new
+        return k, v, store["k_pos"]
 
-    def forget(self, store, next_position):
+    def evict(self, store, next_position):
         """Drop the keys that no position from next_position on can reach, when a new cell begins there."""
         starts = self.cells.starts
         c = bisect_right(starts, next_position) - 1  # the cell that position is in
         if next_position >= starts[-1] or store.get("cell") == c:
             return
         store["cell"] = c
-        keep = self.cells.allowed[c:].any(0)[self.cells.cell[store["place"]]]
+        keep = self.cells.allowed[c:].any(0)[self.cells.cell[store["k_pos"]]]
         store["kv"] = store["kv"][:, :, :, : store["n"]][:, :, :, keep]
-        store["place"], store["n"] = store["place"][keep], int(keep.sum())
+        store["k_pos"], store["n"] = store["k_pos"][keep], int(keep.sum())
+
+    def crop(self, block_size):
+        self.block_size = block_size
 
     def flops_per_token(self, T):
-        """Forward FLOPs besides the linear layers: scores and mixing over the keys that a token sees on average."""
+        """Forward FLOPs besides the linear layers: scores and mixing over the average number of keys per query."""
         keys = (T + 1) / 2 if not self.is_sparse else self.cells.keys[:T].float().mean().item()
         if self.knots is not None:  # at most
             keys = min((T + 1) / 2, keys + self.knots.k * T / len(self.cells.route.first(T).starts))
         return 4 * (self.o_proj if self.is_split else self.c_proj).in_features * keys
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Partitions: split numbers into k groups of nearly equal sums by the largest differencing method.
-#   The two partial partitions with the largest spread become one, the largest sum of either joined to the smallest of
-#   the other, and so on, until one is left. Exact: float64 values are integers over a common power of two.
-# Cost: O(n k log n) in Python. Source: Karmarkar & Karp 1982; k ways as in Michiels et al. 2003.
-
-
-def karmarkar_karp(values, k):
-    """The group, 0 .. k - 1, of each value: a list of ints. Group 0 has the largest sum.
-
-    values: a flat list, array or tensor of ints or finite floats; k >= 1. ValueError otherwise.
-    """
-    values = values.tolist() if hasattr(values, "tolist") else list(values)
-    if k < 1:
-        raise ValueError(f"k={k}: must be at least 1")
-    if not all(isinstance(v, int) or (isinstance(v, float) and math.isfinite(v)) for v in values):
-        raise ValueError("values must be a flat list of finite numbers")
-    ratios = [v.as_integer_ratio() for v in values]
-    unit = max((d for _, d in ratios), default=1)  # denominators are powers of two
-
-    def partial(parts):
-        """[(sum, members)], largest first, as an entry of the heap: the largest spread comes out first."""
-        parts.sort(key=lambda part: -part[0])
-        return parts[0][0] - parts[-1][0], parts
-
-    heap = []
-    for i, (p, d) in enumerate(ratios):
-        spread, parts = partial([(p * (unit // d), [i])] + [(0, [])] * (k - 1))
-        heap.append((-spread, i, parts))
-    heapq.heapify(heap)
-    for i in range(len(values), 2 * len(values) - 1):
-        (_, _, a), (_, _, b) = heapq.heappop(heap), heapq.heappop(heap)
-        spread, parts = partial([(s + t, m + n) for (s, m), (t, n) in zip(a, reversed(b))])
-        heapq.heappush(heap, (-spread, i, parts))
-    group = [0] * len(values)
-    for g, (_, members) in enumerate(heap[0][2] if heap else ()):
-        for i in members:
-            group[i] = g
-    return group
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FitzHugh-Nagumo dynamics: excitable sites on a line, each coupled to the one before it.
-#   dv_t/dtau = g_t D (v_{t-1} - v_t) + v_t - v_t^3 / 3 - w_t + I_t,  dw_t/dtau = eps (v_t + a - b w_t)
-# IMEX step: r = v + dt (v - v^3 / 3 - w + I); (1 + Lambda_t) v'_t - Lambda_t v'_{t-1} = r_t, Lambda = dt g D, a gated
-# scan along the line; w' = (w + dt eps (v' + a)) / (1 + dt eps b). Explicit step: everything at the old values.
-# Sources: FitzHugh 1961; Nagumo, Arimoto & Yoshizawa 1962.
-
-
-@dataclass
-class FHNDynamics:
-    """The equations and their two solvers. a, b, eps: numbers, or tensors that broadcast to (B, T, C).
-
-    `threshold` puts Nagumo's cubic v (1 - v) (v - threshold), without recovery, in place of the reaction.
-    """
-
-    a: float = FHN["a"]
-    b: float = FHN["b"]
-    eps: float = FHN["eps"]
-    threshold: float | None = None
-
-    def rest(self, I=0.0):
-        """The equilibrium (v, w) under a constant stimulus I, for numbers a, b with b < 1, where there is only one."""
-        low, high = -10.0 - abs(I), 10.0 + abs(I)
-        while high - low > 1e-15 * max(1.0, abs(low)) and low < (v := (low + high) / 2) < high:
-            low, high = (low, v) if v - v**3 / 3 - (v + self.a) / self.b + I < 0 else (v, high)
-        return v, (v + self.a) / self.b
-
-    def jacobian(self, v):
-        """d(dv/dtau, dw/dtau) / d(v, w) at an uncoupled site: (2, 2) float64."""
-        return torch.tensor([[1 - v * v, -1.0], [self.eps, -self.eps * self.b]], dtype=torch.float64)
-
-    def reaction(self, v, w):
-        """dv/dtau of an uncoupled site without stimulus."""
-        if self.threshold is not None:
-            return v * (1 - v) * (v - self.threshold)
-        return v - v**3 / 3 - w
-
-    def step(self, v, w, I, dt, coupling=0.0, before=None, imex=True, two_way=False):
-        """(v, w) after dt. v, w (B, T, C); I and coupling, g D, broadcast; before (B, C): v left of the first site.
-
-        imex: the coupling is implicit, stable for every dt. Otherwise Lambda = dt coupling is cut at 1 and a step
-        carries no further than the next site. two_way (explicit only) couples to the right as well, with no flux at the
-        ends. Without `before` what lies on the left is at rest. ValueError for two_way with imex.
-        """
-        if imex and two_way:
-            raise ValueError("two_way is for the explicit scheme: the implicit one solves along one direction")
-        before = torch.full_like(v[:, 0], REST_V) if before is None else before
-        push = v + dt * (self.reaction(v, w) + I)
-        strength = torch.as_tensor(dt * coupling, dtype=v.dtype, device=v.device).expand_as(v)
-        if imex:
-            A = strength / (1 + strength)
-            new = gated_scan(A, (1 - A) * push, before)
-            recovery = (w + dt * self.eps * (new + self.a)) / (1 + dt * self.eps * self.b)
-            return new, recovery
-        left = torch.cat((before[:, None], v[:, :-1]), 1) - v
-        right = torch.cat((v[:, 1:], v[:, -1:]), 1) - v if two_way else 0.0
-        return push + strength.clamp(max=1) * (left + right), w + dt * self.eps * (v + self.a - self.b * w)
+class SigmoidAttention(CausalSelfAttention):
+    activation, has_sigmoid, takes_local_backward = "sigmoid", True, False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1538,19 +1434,8 @@ class FHNDynamics:
 # The linear limit, y = silu(q) times one gated scan of amplitude v, is a gated linear recurrence (cf. Qin et al. 2023).
 
 
-def fhn_bound(dt):
-    """(largest |v|, largest |I| + |w|) for which a step of length dt keeps |v| where it is. dt < 2."""
-    return 2 * math.sqrt((1 + dt) / dt), 2 / 3 * (2 - dt) / dt * math.sqrt((1 + dt) / dt)
-
-
-def fhn_eps_limit(dt, steps, a=FHN["a"]):
-    """The eps up to which |w| <= |w_rest| + steps dt eps (|v| + |a|) leaves 2 % of the bound to the stimulus."""
-    v, force = fhn_bound(dt)
-    return (0.98 * force + REST_W) / (steps * dt * (v + abs(a)))
-
-
-class SpectralPartitioner(nn.Module):
-    """Channels in groups of balanced stimulus. Counts in forward; groups and gains move once in 100 optimiser steps."""
+class BalancedChannelGroups(nn.Module):
+    """Channels in groups of balanced stimulus. Counts in forward; groups and gains move every 100 optimiser steps."""
 
     def __init__(self, features, groups):
         super().__init__()
@@ -1565,8 +1450,8 @@ class SpectralPartitioner(nn.Module):
         """stimulus (B, T, C), each group at the common level."""
         if self.training:
             with torch.no_grad():
-                seen = stimulus.detach().float().abs().flatten(0, 1)
-                self.counted += torch.cat((seen.sum(0), seen.new_tensor([float(len(seen))])))
+                size = stimulus.detach().float().abs().flatten(0, 1)
+                self.counted += torch.cat((size.sum(0), size.new_tensor([float(len(size))])))
         return stimulus * self.gain
 
     @torch.no_grad()
@@ -1584,6 +1469,9 @@ class SpectralPartitioner(nn.Module):
         self.step += 1
 
 
+SpectralPartitioner = BalancedChannelGroups  # as the system that it comes from calls it
+
+
 class FHNMedium(nn.Module):
     """C excitable lines: a stimulus and what sets its conductance in, the deviation from rest out, all (B, T, C)."""
 
@@ -1596,15 +1484,15 @@ class FHNMedium(nn.Module):
         self.gate_bias = nn.Parameter(torch.zeros(C))
         self.amplitude = nn.Parameter(torch.full((C,), FHN["amplitude"]))
         reach = torch.logspace(0, 1, C, base=config.block_size) * 2  # tokens: 1 + Lambda is what A averages over
-        self.log_lambda = nn.Parameter(reach.log())  # dt D, the Lambda of an open gate
+        self.log_lambda = nn.Parameter(reach.log())  # log(dt D): Lambda where the gate is 1
         if not self.is_linear:
             self.a = nn.Parameter(torch.full((C,), FHN["a"]))
             self.log_b = nn.Parameter(torch.full((C,), math.log(FHN["b"])))
             self.log_eps = nn.Parameter(torch.full((C,), math.log(FHN["eps"])))
-        self.partitioner = SpectralPartitioner(C, config.fhn_partitions) if config.use_fhn_partitioning else None
+        self.partitioner = BalancedChannelGroups(C, config.fhn_partitions) if config.use_fhn_partitioning else None
 
     def forward(self, stimulus, q, k, state=None):
-        store = {} if state is None else state.of(self)
+        store = store_of(state, self)
         before = store.get("k", k.new_zeros(k.size(0), 1, k.size(2)))
         k_before = torch.cat((before, k[:, :-1]), 1)
         gate = torch.sigmoid(torch.addcmul(k + self.gate_bias, q * self.gate_scale, k_before))
@@ -1617,7 +1505,7 @@ class FHNMedium(nn.Module):
         return y
 
     def propagate(self, stimulus, gate, field):
-        """(deviation (B, T, C), field: what the next token needs of this one)."""
+        """(deviation (B, T, C), field: the state of the last token that the next one needs)."""
         if self.is_linear:
             strength = gate * self.log_lambda.exp()
             A = strength / (1 + strength)
@@ -1632,12 +1520,9 @@ class FHNMedium(nn.Module):
         D = self.log_lambda.exp() / self.dt
         if self.is_imex:
             return fhn_propagate(stimulus, gate, D, self.a, b, eps, self.dt, self.steps, field)
-        dynamics, v, w = (
-            FHNDynamics(self.a, b, eps),
-            torch.full_like(stimulus, REST_V),
-            torch.full_like(stimulus, REST_W),
-        )
-        last = []  # of the last token after each step but the final one: what the next token's steps look at
+        dynamics = FHNDynamics(self.a, b, eps)
+        v, w = torch.full_like(stimulus, REST_V), torch.full_like(stimulus, REST_W)
+        last = []  # the last token's v after each step: the left neighbour of the next token
         for step in range(self.steps):
             before = None if field is None or step == 0 else field[:, step - 1]
             v, w = dynamics.step(v, w, stimulus, self.dt, gate * D, before, imex=False)
@@ -1650,21 +1535,18 @@ class FHNMedium(nn.Module):
 
 
 class FHNAttention(nn.Module):
+    has_waves = takes_learning_rules = has_columns = True
+
     def __init__(self, config, layer=0):
         super().__init__()
-        self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.medium = FHNMedium(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.activity = torch.zeros(()) if config.htm_meta_strength else None  # how active each head was, by token
 
-    def forward(self, x, state=None, spectrum=None):
+    def forward(self, x, run=ALONE):
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
-        y = self.medium(v, q, k, state) * F.silu(q)
-        if self.activity is not None and self.training:
-            self.activity = y.detach().float().unflatten(-1, (self.n_head, -1)).norm(dim=-1)  # (B, T, nh)
-        return self.resid_dropout(self.c_proj(y))
+        return self.resid_dropout(self.c_proj(self.medium(v, q, k, run.state) * F.silu(q)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1676,21 +1558,36 @@ class FHNAttention(nn.Module):
 
 
 class KaufmannAttention(CausalSelfAttention):
+    has_knots = has_waves = has_wavelets = True
+    takes_knots = has_forward_mode = takes_learning_rules = takes_local_backward = False
+
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
         self.landscape = wavelet_map(config.n_embd, config.n_embd, config)
         self.medium = FHNMedium(config)
 
-    def forward(self, x, state=None, spectrum=None):
+    def forward(self, x, run=ALONE):
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
-        stimulus = self.mix(x, q, k, self.landscape(F.layer_norm(v, v.shape[-1:])), state, spectrum)
-        return self.resid_dropout(self.c_proj(self.medium(stimulus, q, k, state) * F.silu(q)))
+        stimulus = self.mix(x, q, k, self.landscape(F.layer_norm(v, v.shape[-1:])), run)
+        return self.resid_dropout(self.c_proj(self.medium(stimulus, q, k, run.state) * F.silu(q)))
+
+
+# A mixer declares what it can do in class attributes, which GPTConfig reads; what it does not declare it cannot do:
+#   has_scores (queries and keys: RoPE, cells, spectra), takes_knots (use_knot_attention), has_knots (always),
+#   has_sigmoid, takes_local_backward (fuse_attn_local), has_waves, has_wavelets, has_columns (c_attn and c_proj, for
+#   HTM), takes_learning_rules (all products are linear layers'), has_forward_mode (GrAPE under dfa)
+MIXERS = {
+    "softmax": CausalSelfAttention,
+    "sigmoid": SigmoidAttention,
+    "fhn": FHNAttention,
+    "kaufmann": KaufmannAttention,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Region feedback: x_t += tanh(gate) proj(sum over c' < c of heard[c, c'] sum_c'), c the cell of t, sum_c' the sum of x
-# over cell c'; the gate starts at 0. Only complete cells are heard, so a token hears nothing of its own cell.
-# O(T C) for the sums and O((T / cell) C^2) for the projection of one vector a cell; decoding keeps one sum a cell.
+# Region feedback: x_t += tanh(gate) proj(sum over c' < c of weights[c, c'] sum_c'), c the cell of t, sum_c' the sum of
+# x over cell c'; the gate starts at 0. Only complete cells count, so a token gets no feedback from its own cell.
+# O(T C) for the sums and O((T / cell) C^2) for the projection of one vector per cell; decoding keeps one sum per cell.
 
 
 class RegionFeedback(nn.Module):
@@ -1701,7 +1598,7 @@ class RegionFeedback(nn.Module):
         self.gate = nn.Parameter(torch.zeros(()))
 
     def forward(self, x, state=None):
-        (B, T, C), past = x.shape, 0 if state is None else state.pos
+        (B, T, C), past = x.shape, tokens_before(state)
         cell = self.cells.cell[past : past + T]
         sums = x.new_zeros(B, len(self.cells.starts) - 1, C)
         if state is not None:
@@ -1709,8 +1606,8 @@ class RegionFeedback(nn.Module):
         sums = sums.index_add(1, cell, x)
         if state is not None:
             state.of(self)["sums"] = sums
-        heard = self.cells.heard.to(x.dtype) @ sums  # (B, cells, C)
-        return torch.tanh(self.gate) * self.proj(heard)[:, cell]  # (B, T, C)
+        means = self.cells.region_weights.to(x.dtype) @ sums  # (B, cells, C)
+        return torch.tanh(self.gate) * self.proj(means)[:, cell]  # (B, T, C)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1718,6 +1615,8 @@ class RegionFeedback(nn.Module):
 
 
 class MLP(nn.Module):
+    takes_learning_rules = has_forward_mode = True
+
     def __init__(self, config):
         super().__init__()
         self.act = GELUSTE() if config.ste_gelu else ACTIVATIONS[config.mlp_act]
@@ -1725,14 +1624,11 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
-        self.activity = torch.zeros(()) if config.htm_meta_strength else None  # how active each group was, by token
 
-    def forward(self, x, state=None):
+    def forward(self, x):
         h = self.act(self.c_fc(x))  # (B, T, 4C)
         if self.winners is not None:
             h = self.winners(h)
-        if self.activity is not None and self.training:
-            self.activity = h.detach().float().abs().unflatten(-1, (-1, HTM_GROUP)).mean(-1)  # (B, T, 4C / 64)
         return self.dropout(self.c_proj(h))
 
 
@@ -1742,12 +1638,14 @@ class MLP(nn.Module):
 
 
 def matched_hidden(config, unit, fixed=0):
-    """Hidden width, a multiple of 8, with which `fixed` and `unit` a hidden unit are the MLP's parameters."""
+    """The hidden width, a multiple of 8, for which `fixed` + width * `unit` parameters are as many as the MLP's."""
     C = config.n_embd
     return max(8, 8 * round((8 * C * C + 5 * C * config.bias - fixed) / (8 * unit)))
 
 
 class SwiGLU(nn.Module):
+    takes_learning_rules = has_forward_mode = True
+
     def __init__(self, config):
         super().__init__()
         C, bias = config.n_embd, config.bias
@@ -1756,20 +1654,20 @@ class SwiGLU(nn.Module):
         self.c_proj = nn.Linear(hidden, C, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, state=None):
+    def forward(self, x):
         gate, h = self.c_fc(x).chunk(2, dim=-1)  # (B, T, hidden) each
         return self.dropout(self.c_proj(F.silu(gate) * h))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Channel mixer: WaveKAN, learned wavelets psi(u), u = (x - t) / s, in place of the activation; (B, T, C) -> (B, T, C).
-#   shared: y = W2 f(norm(W1 x)), f_i(h) = silu(h_i) + sum_k m_ki psi((h_i - t_ki) / s_ki), K = kan_bank wavelets a
+#   shared: y = W2 f(norm(W1 x)), f_i(h) = silu(h_i) + sum_k m_ki psi((h_i - t_ki) / s_ki), K = kan_bank wavelets per
 #     hidden unit: the MLP's matrix products, and K exponentials instead of an error function
-#   edge: y_o = sum_i w_oi psi((x_i - t_oi) / s_oi) twice, C -> hidden -> C: the paper's layer, an exponential an edge
+#   edge: y_o = sum_i w_oi psi((x_i - t_oi) / s_oi) twice, C -> hidden -> C: the paper's layer, an exponential per edge
 # s = WIDTH_MIN + softplus(.) never reaches 0. The norm is over each token's hidden units: a batch norm, as published,
-# would tell a token of the others. Hot loops: kernels/wavekan.py. Bozorgasl & Chen 2024, arXiv 2405.12832.
+# would mix tokens of the batch. Hot loops: kernels/wavekan.py. Bozorgasl & Chen 2024, arXiv 2405.12832.
 
-WIDTH_MIN = 0.01  # of a wavelet, where channels have unit variance
+WIDTH_MIN = 0.01  # least width of a wavelet, where channels have unit variance
 
 
 def inverse_softplus(y):
@@ -1777,7 +1675,7 @@ def inverse_softplus(y):
 
 
 class WaveletMap(nn.Linear):
-    """(..., in) -> (..., out): kan_bank wavelets a channel, then a matrix. m, t, s are flat: vectors do not decay."""
+    """(..., in) -> (..., out): kan_bank wavelets per channel, then a matrix. m, t, s are flat: vectors do not decay."""
 
     def __init__(self, in_features, out_features, config):
         super().__init__(in_features, out_features, bias=config.bias)
@@ -1822,6 +1720,8 @@ def wavelet_map(in_features, out_features, config):
 
 
 class WaveKAN(nn.Module):
+    has_wavelets = True
+
     def __init__(self, config):
         super().__init__()
         C, K, bias, hidden = config.n_embd, config.kan_bank, config.bias, 4 * config.n_embd
@@ -1832,14 +1732,14 @@ class WaveKAN(nn.Module):
         self.c_proj = wavelet_map(hidden, C, config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, state=None):
+    def forward(self, x):
         h = self.c_fc(x)  # (B, T, hidden)
         return self.dropout(self.c_proj(F.layer_norm(h, h.shape[-1:])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Channel mixer: BioMLP, (B, T, C) -> dendrites -> h = 4C -> sparse events -> (B, T, C).
-#   osc(x) = sin(omega x + phi) tanh(x) + baseline, a row of parameters a feature: one such unit can compute XOR.
+#   osc(x) = sin(omega x + phi) tanh(x) + baseline, three parameters per feature: one such unit can compute XOR.
 #   Dendrites: x in K slices u_k, C_k = tanh(A_k u_k), osc(S [C; L C]); L (K, K) couples them. Without: osc(W x).
 #   Events: gate = sigmoid(G x), mask = gate > threshold (its gradient is the gate's), osc(T (mask x)).
 # Parameters, C = width, m = bio_dendrite_dim or h: oscillators alone 8 C^2 as an MLP; S adds 2 K m h, events 2 h^2. The
@@ -1864,13 +1764,13 @@ class OscillatingActivation(nn.Module):
 
 
 class DendriticCompartmentLayer(nn.Module):
-    """(B, T, C) -> (B, T, 4C): K compartments that see a slice of the input each, and the soma that reads them."""
+    """(B, T, C) -> (B, T, 4C): K compartments, each of a slice of the input, and the soma that reads them."""
 
     def __init__(self, config):
         super().__init__()
         h, K = 4 * config.n_embd, config.bio_compartments
         m = config.bio_dendrite_dim or h
-        self.lateral, self.width = config.bio_lateral, -(-config.n_embd // K)  # of a slice
+        self.lateral, self.width = config.bio_lateral, -(-config.n_embd // K)  # channels per slice
         self.pad = K * self.width - config.n_embd
         self.A = nn.ModuleList(nn.Linear(self.width, m, bias=config.bias) for _ in range(K))
         self.L = None if self.lateral == "none" else nn.Parameter(0.5 * torch.eye(K) + 0.1 * torch.randn(K, K))
@@ -1893,7 +1793,7 @@ class DendriticCompartmentLayer(nn.Module):
         return (S_1 + self.L.mT @ S_2).flatten(1)
 
     def flops_per_token(self, T):
-        """What the linear layers do not say: L C, or that "concat" never multiplies with half of S."""
+        """Besides the linear layers: L C, or less, because "concat" never multiplies with half of S."""
         k_m = len(self.A) * self.A[0].out_features
         return {"none": 0, "nonlinear": 2 * len(self.A) * k_m, "concat": -2 * k_m * self.S.out_features}[self.lateral]
 
@@ -1934,7 +1834,7 @@ class SparseEventLayer(nn.Module):
 
     def __init__(self, features, config):
         super().__init__()
-        rank = max(1, features // 16)  # of "lowrank"
+        rank = max(1, features // 16)  # bio_gate="lowrank"
         self.G = {
             "full": lambda: nn.Linear(features, features, bias=config.bias),
             "diag": lambda: Diagonal(features, bias=config.bias),
@@ -1942,7 +1842,7 @@ class SparseEventLayer(nn.Module):
                 nn.Linear(features, rank, bias=False), nn.Linear(rank, features, bias=config.bias)
             ),
         }[config.bio_gate]()
-        self.T = nn.Parameter(torch.empty(features, features))  # (in, out), so that a silent unit is a row not read
+        self.T = nn.Parameter(torch.empty(features, features))  # see `weight`
         self.bias = nn.Parameter(torch.zeros(features)) if config.bias else None
         self.osc = OscillatingActivation(features, config)
         self.target = config.bio_target_sparsity
@@ -1958,22 +1858,27 @@ class SparseEventLayer(nn.Module):
     def init_own(self):
         """Wider than GPT's init: what comes in is an oscillator's small output (about x^2), and gates must differ."""
         maps = [m for m in self.G.modules() if isinstance(m, nn.Linear | Diagonal)]
-        for weight in (self.T, *(m.weight for m in maps)):
+        for weight in (self.weight, *(m.weight for m in maps)):
             nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
-        self.T *= self.T_GAIN
+        self.weight.mul_(self.T_GAIN)
         maps[-1].weight *= self.G_GAIN
 
-    def forward(self, x, state=None):
+    @property
+    def weight(self):
+        """(in, out), so that a silent unit is a row that need not be read; checkpoints call it T."""
+        return self.T
+
+    def forward(self, x):
         mask = HardGate.apply(torch.sigmoid(self.G(x)), self.threshold)
         active = mask.detach().flatten(0, -2).sum(0, dtype=torch.float32)  # tokens of each feature
         sparsity = 1 - active.sum() / mask.numel()
         self.measured = {"sparsity": sparsity}
         if self.training and self.counted is not None:
             self.counted += torch.cat((active, active.new_full((1,), mask.numel() / len(active))))
-        is_one_token = state is not None and x.numel() == len(active) and x.device.type == "cpu"
+        is_one_token = x.numel() == len(active) and x.device.type == "cpu"
         if is_one_token and not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and sparsity >= 0.5:
             return self.osc(self.read_active(x, mask))
-        return self.osc(F.linear(mask * x, self.T.t(), self.bias))
+        return self.osc(F.linear(mask * x, self.weight.t(), self.bias))
 
     @torch.no_grad()
     def before_step(self):
@@ -1989,12 +1894,12 @@ class SparseEventLayer(nn.Module):
     def read_active(self, x, mask):
         """T (mask x) of one token, reading the rows of its active units only."""
         on = mask.flatten().nonzero().flatten()
-        weights = x.flatten()[on].to(self.T.dtype)
-        y = F.embedding_bag(on, self.T, on.new_zeros(1), mode="sum", per_sample_weights=weights)
+        weights = x.flatten()[on].to(self.weight.dtype)
+        y = F.embedding_bag(on, self.weight, on.new_zeros(1), mode="sum", per_sample_weights=weights)
         return (y if self.bias is None else y + self.bias).to(x.dtype).view_as(x)
 
     def flops_per_token(self, T):
-        return 2 * self.T.numel()
+        return 2 * self.weight.numel()
 
 
 class BioMLP(nn.Module):
@@ -2010,81 +1915,30 @@ class BioMLP(nn.Module):
         self.c_proj = nn.Linear(h, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, state=None):
+    def forward(self, x):
         h = self.dendrites(x)
         if self.events is not None:
-            h = self.events(h, state)
+            h = self.events(h)
         return self.dropout(self.c_proj(h))
+
+
+# takes_learning_rules, has_forward_mode and has_wavelets mean what they do for token mixers
+CHANNEL_MIXERS = {"mlp": MLP, "swiglu": SwiGLU, "kan": WaveKAN, "bio_mlp": BioMLP}  # the flags are use_swiglu, ...
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sparse distributed representations: a token is k = sdr_active of n = sdr_size bits, idx (B, T) -> x (B, T, C).
 #   word v:  bits_v = the k largest of scores_v (n), e_v = sum of its bits' vectors / sqrt(k); a map of the bits,
-#            smoothed, has k winners of its own, which add to e_v. d e_v / d scores_v: as if it were d e_v / d bits_v
+#            smoothed, has k winners of its own, which add to e_v. Straight-through: scores get d e_v / d bits_v
 #   context: u_t = lambda u_{t-1} + bits_t at sdr_scales time constants, the k strongest bits of each, projected
 #   memory:  M_t = M_{t-1} "+" key_{t-1} value_t^T, reads key_t M_{t-1}: what came after (kernels/engram.py)
-# Parameters (V + C) n. Time: words O(V n C) a step, not a token; context O(T sdr_scales (n + k C)); memory O(T n d).
-# Sources: Kanerva 1988; Willshaw 1969; Hawkins & Ahmad 2016 (HTM); De Sousa Webber 2015, arXiv 1511.08855 (folding).
-
-SMALL_VOCABULARY = 0.25  # of sdr_size: words up to which all are computed at once, and the memory has a row for each
+# Parameters (V + C) n. Time: words O(V n C) per step, not per token; context O(T sdr_scales (n + k C)); memory
+# O(T n d). Sources: Kanerva 1988; Willshaw 1969; Hawkins & Ahmad 2016 (HTM); De Sousa Webber 2015, arXiv 1511.08855.
 
 
-class SDROperations:
-    """Sets of active bits, as index tensors (.., k) int64 without repeats, or packed, (.., ceil(n / 64)) int64."""
-
-    winners = staticmethod(k_winners)
-    pack = staticmethod(pack)
-    unpack = staticmethod(unpack)
-    intersection = staticmethod(intersect)
-
-    @staticmethod
-    def dense(active, n, dtype=torch.float32):
-        """(.., n) of zeros and ones."""
-        return torch.zeros(*active.shape[:-1], n, dtype=dtype, device=active.device).scatter_(-1, active, 1)
-
-    @staticmethod
-    def union(active, n):
-        """Packed union of the sets (.., m, k), (.., ceil(n / 64))."""
-        return pack_bool(SDROperations.dense(active, n, torch.bool).any(-2))
-
-    @staticmethod
-    def threshold(x, least):
-        """Packed set of the bits of x (.., n) that are at least `least`."""
-        return pack_bool(x >= least)
-
-    @staticmethod
-    def count(words):
-        """How many bits of packed sets (.., W) are on, (..)."""
-        return unpack(words, 64 * words.size(-1)).sum(-1)
-
-    @staticmethod
-    def overlap(a, b):
-        """How many bits packed sets a and b share, broadcast."""
-        return SDROperations.count(a & b)
-
-    @staticmethod
-    def hamming(a, b):
-        """How many bits packed sets a and b differ in, broadcast."""
-        return SDROperations.count(a ^ b)
-
-    @staticmethod
-    def subsample(active, m, generator=None):
-        """m of the k active bits of each set (.., k), (.., m)."""
-        order = torch.rand(active.shape, generator=generator, device=active.device)
-        return active.gather(-1, order.topk(m, sorted=False).indices)
-
-    @staticmethod
-    def noise(active, n, m, generator=None):
-        """The sets (.., k) with m of their bits moved to bits that were off."""
-        order = torch.rand(*active.shape[:-1], n, generator=generator, device=active.device).scatter(-1, active, -1.0)
-        kept = SDROperations.subsample(active, active.size(-1) - m, generator)
-        return torch.cat((kept, order.topk(m, sorted=False).indices), -1)
-
-
-def pack_bool(bits):
-    """Packed set (.., ceil(n / 64)) of bits (.., n) bool."""
-    bits = F.pad(bits, (0, -bits.size(-1) % 64)).unflatten(-1, (-1, 64)).long()
-    return (bits << torch.arange(64, device=bits.device)).sum(-1)
+def has_small_vocabulary(config):
+    """Whether all words are computed at once, and the memory has a row per word instead of one per bit."""
+    return config.vocab_size <= 0.25 * config.sdr_size
 
 
 class Fold(torch.autograd.Function):
@@ -2108,10 +1962,10 @@ class Fold(torch.autograd.Function):
 
 
 class SemanticFoldingEncoder(nn.Module):
-    """Words to bits and to vectors. HTM boosting: in training, bits that were on too often have it harder to win."""
+    """Words to bits and to vectors. HTM boosting: in training, bits that were on too often lose score."""
 
-    DUTY_RATE = 0.01  # of an optimiser step
-    SPREAD = 0.1  # of the scores at the start: the learning rate is their step, about
+    DUTY_RATE = 0.01  # weight of an optimiser step in the running mean
+    SPREAD = 0.1  # standard deviation of the scores at the start; a step moves them by about the learning rate
 
     def __init__(self, config):
         super().__init__()
@@ -2130,7 +1984,7 @@ class SemanticFoldingEncoder(nn.Module):
 
     @torch.no_grad()
     def count(self, active, slots):
-        """Note which bits the tokens slots (B, T), rows of active (U, k), had on."""
+        """Count which bits the tokens slots (B, T), rows of active (U, k), had on."""
         slots = slots.flatten()
         tokens = self.counted.new_zeros(len(active))
         tokens.index_add_(0, slots, torch.ones_like(slots, dtype=tokens.dtype))
@@ -2185,7 +2039,7 @@ class SemanticRetina(nn.Module):
 
 
 class ContextEncoder(nn.Module):
-    """What the text so far is about: (B, T, k) bits -> (B, T, C). Scale s forgets over 2 4^s tokens."""
+    """A summary of the text so far: (B, T, k) bits -> (B, T, C). Scale s decays over 2 4^s tokens."""
 
     def __init__(self, config):
         super().__init__()
@@ -2193,7 +2047,7 @@ class ContextEncoder(nn.Module):
         self.c_proj = nn.Linear(config.sdr_scales * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, keys, vectors, state=None):
-        store = {} if state is None else state.of(self)
+        store = store_of(state, self)
         if "field" not in store:
             store["field"] = torch.zeros(len(keys), self.scales, self.size, device=keys.device)
             store["winners"] = torch.arange(keys.size(-1), device=keys.device).repeat(len(keys), self.scales, 1)
@@ -2203,22 +2057,22 @@ class ContextEncoder(nn.Module):
         return self.c_proj(folded.view(*keys.shape[:2], -1))
 
     def flops_per_token(self, T):
-        """The unions' decay."""
+        """Forward FLOPs of the unions' decay."""
         return self.scales * self.size
 
 
 class SDREngramMemory(nn.Module):
-    """Breadcrumbs: (B, T, C) of what followed the current bits before. Values are words' vectors, projected.
+    """What followed the current bits earlier in the text, (B, T, C). Values are words' vectors, projected.
 
-    "hebb" and "willshaw" read the mean of what followed, with nothing as a prior of weight 1; "delta" what came last.
+    "hebb" and "willshaw" read the mean of what followed, with 0 as a prior of weight 1; "delta" what came last.
     """
 
     def __init__(self, config):
         super().__init__()
         self.size, self.rule, self.decay = config.sdr_size, config.sdr_rule, config.sdr_decay
         self.vocab_size = config.vocab_size
-        self.has_word_rows = config.vocab_size <= SMALL_VOCABULARY * config.sdr_size
-        self.c_value = nn.Linear(config.n_embd, config.sdr_value_dim, bias=False)  # of a sum of bits: no bias
+        self.has_word_rows = has_small_vocabulary(config)
+        self.c_value = nn.Linear(config.n_embd, config.sdr_value_dim, bias=False)  # linear in the sum of bits
         self.c_proj = nn.Linear(config.sdr_value_dim, config.n_embd, bias=config.bias)
 
     def forward(self, slots, active, words, vectors, state=None):
@@ -2236,7 +2090,7 @@ class SDREngramMemory(nn.Module):
         return self.c_proj((o if self.rule == "delta" else o[..., :-1] / (1 + o[..., -1:])).to(words.dtype))
 
     def features(self, active, dtype):
-        """What the memory has rows for: bits, keys divided by sqrt(k), or words. Inner products are the same."""
+        """The features of a token: its bits over sqrt(k), or its overlaps with all words. Inner products are equal."""
         k = active.size(1)
         if not self.has_word_rows:
             return lambda slots: 2 * (SDROperations.dense(active[slots], self.size, dtype) / math.sqrt(k),)
@@ -2251,13 +2105,13 @@ class SDREngramMemory(nn.Module):
             store["M"] = keys.new_zeros(B, self.size, self.size // 64)
         words = willshaw(keys, store.get("before", keys[:, 0, :0]), store["M"])
         store["before"], values, means = keys[:, -1], self.c_value(vectors) / math.sqrt(k), []
-        for now in words.split(CHUNK, dim=1):
-            bits = unpack(now, self.size).to(values.dtype)
+        for part in words.split(CHUNK, dim=1):
+            bits = unpack(part, self.size).to(values.dtype)
             means.append(bits @ values / (1 + bits.sum(-1, keepdim=True) / k))
         return torch.cat(means, 1)
 
     def flops_per_token(self, T):
-        """Pairs within half a chunk, and one read and one write of the memory."""
+        """Forward FLOPs: pairs within half a chunk, and one read and one write of the memory."""
         rows = self.vocab_size if self.has_word_rows else self.size
         return 2 * self.c_value.out_features * (min(T, CHUNK) // 2 + 2 * rows)
 
@@ -2268,14 +2122,14 @@ class SDREmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.vocab_size, self.is_tied = config.vocab_size, config.tie_weights
-        self.is_small = config.vocab_size <= SMALL_VOCABULARY * config.sdr_size
+        self.is_small = has_small_vocabulary(config)
         self.encoder = SemanticFoldingEncoder(config)
         self.retina = SemanticRetina(config) if config.sdr_radius else None
         self.context = ContextEncoder(config) if config.sdr_scales else None
         self.memory = SDREngramMemory(config) if config.sdr_rule != "none" else None
 
     def forward(self, idx, state=None):
-        store = {} if state is None else state.of(self)
+        store = store_of(state, self)
         if self.is_tied or self.is_small:
             words, slots = None, idx
         else:
@@ -2300,7 +2154,7 @@ class SDREmbedding(nn.Module):
         return active, folded, folded + self.retina(scores, active, self.encoder.vectors)[1]
 
     def flops_per_token(self, T):
-        """A tied head's product; the words' own sums are a matter of the step, not of its tokens."""
+        """Forward FLOPs of a tied head's product; the words' vectors are computed per step, not per token."""
         return 2 * self.vocab_size * self.encoder.vectors.size(1) if self.is_tied else 0
 
 
@@ -2317,48 +2171,10 @@ def distinct(idx, vocab_size):
 #   "sphere": p = W x / |W x| in manifold_dim dimensions, f = p sqrt(dim).
 #   "e7":     p = tanh(W x), 70 coordinates of E7(7)/SU(8); f = L(p) v for learned v in the 56 (kernels/e7.py).
 #   "rotor":  p = R in Spin(8), 28 angles; f = R v R^T for learned pairs v of antisymmetric 8 x 8, 28 + 28.
-# Once, after the embedding, a token at a time: x (B, T, C) -> (B, T, C), O(T C (points + features)).
+# Once, after the embedding, each token by itself: x (B, T, C) -> (B, T, C), O(T C (points + features)).
 # Sources: Cremmer & Julia 1979 for the coset and its 56; Clifford rotors as products of plane rotations are classical.
 
 MANIFOLD_COORDINATES = {"e7": 70, "rotor": 28}  # a sphere has as many as it is asked for
-
-
-def rotor_rounds():
-    """The 28 planes (i, j) of 8 dimensions in 7 rounds of 4 disjoint ones: partner, plane and sign, 7 lists of 8 each.
-
-    Round r pairs 7 with r and r + k with r - k mod 7, as a tournament does; rotations of one round commute.
-    """
-    partner, plane, sign = ([[0] * 8 for _ in range(7)] for _ in range(3))
-    for r in range(7):
-        for n, (i, j) in enumerate([(7, r), *(((r + k) % 7, (r - k) % 7) for k in (1, 2, 3))]):
-            partner[r][i], partner[r][j], sign[r][i], sign[r][j] = j, i, -1, 1
-            plane[r][i] = plane[r][j] = 4 * r + n
-    return partner, plane, sign
-
-
-ROTOR_ROUNDS = rotor_rounds()
-
-
-def rotation(angles):
-    """R in SO(8), that of the rotor prod exp(angle / 2 e_j e_i) over all planes: angles (..., 28) -> (..., 8, 8)."""
-    partner, plane, sign = (torch.tensor(t, device=angles.device) for t in ROTOR_ROUNDS)
-    a = angles.reshape(-1, 28).mT  # (28, N): tokens last, rows are long
-    cos = a.cos().index_select(0, plane.flatten()).view(7, 8, 1, -1)
-    sin = (a.sin().index_select(0, plane.flatten()) * sign.view(56, 1)).view(7, 8, 1, -1)
-    R = torch.eye(8, dtype=a.dtype, device=a.device)[:, :, None]
-    for r in range(7):  # row i: cos row_i -+ sin row_j
-        R = cos[r] * R + sin[r] * R.index_select(0, partner[r])  # (8, 8, N)
-    return R.permute(2, 0, 1).unflatten(0, angles.shape[:-1])
-
-
-def rotate_pairs(R, v):
-    """R X R^T for the antisymmetric X above whose diagonals v (m, 56) lies, two each: R (..., 64) -> (..., 56 m)."""
-    shape, (i, j) = R.shape[:-1], torch.triu_indices(8, 8, 1, device=R.device)
-    X = v.new_zeros(len(v) * 2, 64).index_copy(1, 8 * i + j, v.reshape(-1, 28)).view(-1, 8, 8)
-    R = R.flatten(0, -2).mT.unflatten(0, (8, 8))  # (8, 8, N): tokens last, as `rotation` left them
-    RX = torch.bmm((X - X.mT).mT.flatten(0, 1).expand(8, -1, -1), R).unflatten(1, (-1, 8))  # (8, 2 m, 8, N)
-    turned = (RX.index_select(0, i) * R.index_select(0, j)[:, None]).sum(2)  # (28, 2 m, N)
-    return TokensFirst.apply(turned).flatten(1).unflatten(0, shape)
 
 
 def manifold_point(u, manifold):
@@ -2372,8 +2188,8 @@ def manifold_point(u, manifold):
     return u.tanh() if manifold == "e7" else rotation(u).flatten(-2)
 
 
-def bend(point, manifold):
-    """How far the path of the points (B, T, P) bends off its geodesics: a mean over its inner points, 0-d.
+def path_bending(point, manifold):
+    """How far the path of the points (B, T, P) bends away from geodesics: a mean over its inner points, 0-d.
 
     The squared second difference p_{t-1} - 2 p_t + p_{t+1}, projected on the tangent space at p_t: 0 for equal steps
     along a great circle or a one-parameter rotation, and for straight lines in E7's chart.
@@ -2397,11 +2213,11 @@ def in_float32(x):
 
 
 class ManifoldProjection(nn.Module):
-    """x (B, T, C) -> what to add to it (B, T, C), points (B, T, P), and in training with geodesic_weight their bend."""
+    """x (B, T, C) -> what to add to it (B, T, C), and points (B, T, P)."""
 
     def __init__(self, config):
         super().__init__()
-        self.manifold, self.is_bent = config.manifold, config.geodesic_weight > 0
+        self.manifold, self.geodesic_weight = config.manifold, config.geodesic_weight
         n = MANIFOLD_COORDINATES.get(config.manifold, config.manifold_dim)
         self.ln = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.c_point = nn.Linear(config.n_embd, n, bias=config.bias)
@@ -2412,19 +2228,21 @@ class ManifoldProjection(nn.Module):
         self.c_proj = nn.Linear(features, config.n_embd, bias=config.bias)
         self.gate = nn.Parameter(torch.zeros(()))
         if self.manifold == "e7":
-            self.register_buffer("active", torch.ones(70))  # the curriculum's; a checkpoint keeps it
+            self.register_buffer("active", torch.ones(70))  # set by the curriculum; a checkpoint keeps it
             self.register_buffer("hops", e7_hops(), persistent=False)
             self.register_buffer("cartan", e7_cartan().float(), persistent=False)
 
-    def set_active(self, dims):
-        """Hold all but the first coordinates of the chain at 0: dims of them are free, one of `E7_STAGES`."""
-        k = E7_STAGES.index(dims) + 1
+    def set_stage(self, stage):
+        """Hold all coset coordinates at 0 but the first E7_STAGES[stage] of the chain. ValueError without a chain."""
+        if self.manifold != "e7":
+            raise ValueError(f'manifold="{self.manifold}" has no stages: set manifold="e7"')
+        k = stage + 1
         self.active.zero_()
         self.active[:k] = 1
         self.active[7 : 7 + sum(E7_SETS[:k])] = 1
 
     def features(self, point):
-        """f(p), (B, T, P) -> (B, T, features), of the size of 1 an entry."""
+        """f(p), (B, T, P) -> (B, T, features), entries of about unit size."""
         if self.manifold == "sphere":
             return point * point.size(-1) ** 0.5
         vectors = self.vectors.to(point.dtype)
@@ -2439,11 +2257,17 @@ class ManifoldProjection(nn.Module):
             if self.manifold == "e7":
                 point = point * self.active.to(u.dtype)
             f = self.features(point)
-            bent = bend(point, self.manifold) if self.is_bent and self.training else None
-        return torch.tanh(self.gate) * self.c_proj(f.to(x.dtype)), point, bent
+        return torch.tanh(self.gate) * self.c_proj(f.to(x.dtype)), point
+
+    def add_losses(self, point, run):
+        """In training leave "geodesic", the bending of the path of the points (B, T, P), in run.losses."""
+        if self.geodesic_weight and run.training and run.targets is not None:
+            point, full_precision = in_float32(point)
+            with full_precision:
+                run.losses["geodesic"] = (self.geodesic_weight, path_bending(point, self.manifold))
 
     def flops_per_token(self, T):
-        """Of L(z) v, or of R and R v R^T: 2 FLOPs a multiply-add."""
+        """Forward FLOPs of L(z) v, or of R and R v R^T: 2 per multiply-add."""
         if self.manifold == "sphere":
             return 0
         own, each = {"e7": (0, 729 + 56 * 27), "rotor": (7 * 128, 1024 + 448)}[self.manifold]
@@ -2514,98 +2338,14 @@ class SpectralDecomposition(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# HTM-style meta-updates: columns (attention heads, and groups of 64 hidden units) that predict well learn faster.
-#   success_c <- decay success_c + (1 - decay) sum_t a_ct [loss_t < its running mean] / sum_t a_ct, with a_ct >= 0 the
-#   activity of column c at token t; c's update is scaled by 1 + strength tanh(z_c), z_c = success_c standardised over
-#   the columns. Counted in forward, summed over processes, applied once an optimiser step by hooks on the optimiser.
-# Cost: a copy of the columns' weights during the step. After Hawkins & Ahmad 2016 (HTM), where active cells that
-# predicted right are reinforced; the rule here is ours.
-
-
-class ColumnMeta(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.strength, self.decay, self.target = (
-            config.htm_meta_strength, config.htm_meta_decay, config.htm_meta_target,
-        )  # fmt: skip
-        heads, groups = config.n_head, 4 * config.n_embd // HTM_GROUP
-        self.sizes = [heads, groups] * config.n_layer
-        self.register_buffer("success", torch.full((sum(self.sizes),), 0.5))
-        self.register_buffer("mean_loss", torch.tensor(math.log(config.vocab_size)))
-        self.register_buffer("counted", torch.zeros(2, sum(self.sizes) + 1))  # sums over tokens: good, all; last: loss
-
-    @torch.no_grad()
-    def observe(self, activity, token_loss, seen):
-        """Count a micro-batch: activity (N, columns), token_loss (N,), seen (N,) bool, false without a target."""
-        good = (token_loss < self.mean_loss) & seen
-        weighted = activity * seen[:, None]
-        good = torch.cat(((weighted * good[:, None]).sum(0), (token_loss * seen).sum()[None]))
-        self.counted += torch.stack((good, torch.cat((weighted.sum(0), seen.sum()[None]))))
-
-    @torch.no_grad()
-    def apply_counts(self):
-        """Move the running means by what all processes counted since the last step."""
-        all_reduce(self.counted)
-        fresh = self.counted[0] / self.counted[1].clamp(min=1e-12)
-        fresh = torch.where(self.counted[1] > 0, fresh, torch.cat((self.success, self.mean_loss[None])))
-        self.success.lerp_(fresh[:-1], 1 - self.decay)
-        self.mean_loss.lerp_(fresh[-1], 1 - self.decay)
-        self.counted.zero_()
-
-    def multipliers(self):
-        """Each column's factor in [1 - strength, 1 + strength], one tensor a sublayer, attention and MLP in turn."""
-        z = (self.success - self.success.mean()) / self.success.std().clamp(min=1e-4)
-        factor = 1 + self.strength * torch.tanh(z)
-        return factor.split(self.sizes)
-
-    def attach(self, optimizer, blocks):
-        """Scale, from now on, what `optimizer` does to the columns of `blocks`."""
-        before = {}
-
-        def scaled():
-            """(parameter, factors that broadcast to it) of everything that belongs to a column."""
-            factors = iter(self.multipliers())
-            for block in blocks:
-                for linear, back, copies in (
-                    (block.attn.c_attn, block.attn.c_proj, 3),
-                    (block.mlp.c_fc, block.mlp.c_proj, 1),
-                ):
-                    factor = next(factors)
-                    rows = factor.repeat_interleave(linear.out_features // copies // len(factor)).repeat(copies)
-                    yield linear.weight, rows[:, None]
-                    if linear.bias is not None:
-                        yield linear.bias, rows
-                    yield back.weight, rows[: back.in_features]
-
-        @torch.no_grad()
-        def pre(optimizer, args, kwargs):
-            self.apply_counts()
-            if self.target == "lr":
-                before.update((p, p.clone()) for p, _ in scaled())
-                return
-            for p, factor in scaled():
-                if "exp_avg" in optimizer.state[p]:  # beta1 times the factor stays below 1: a moment must fade
-                    beta1 = optimizer.param_groups[0]["betas"][0]
-                    optimizer.state[p]["exp_avg"] *= factor.clamp(max=0.999 / beta1)
-
-        @torch.no_grad()
-        def post(optimizer, args, kwargs):
-            for p, factor in scaled() if self.target == "lr" else ():
-                p.copy_(before.pop(p).lerp(p, factor.expand_as(p)))
-
-        optimizer.register_step_pre_hook(pre)
-        optimizer.register_step_post_hook(post)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Residual wiring: what a sublayer f reads from the residual stream, and how its output returns.
 #   Plain: x + gate f(x). Hyper-connections: n streams x (B, T, n, C), x' = H_res x + H_post f(H_pre x), coefficients of
 #   each token made from its streams. "mhc": H_pre = sigmoid, H_post = 2 sigmoid, H_res doubly stochastic by Sinkhorn's
 #   iteration, columns last, so that it keeps the streams' mean and never amplifies. "hc": unconstrained.
 #   Layer aggregation mixes the layers' outputs, or the means of their streams.
-# Cost: n residual streams of activations; a token and sublayer, 2 n^2 (n + 2) C FLOPs for the coefficients and
-# 2 n (n + 2) C for mixing. Sources: Xie et al. 2025, arXiv 2512.24880; Zhu et al. 2024, arXiv 2409.19606; DenseFormer,
-# Pagliardini et al. 2024, arXiv 2402.02622; scalar mix, Peters et al. 2018, arXiv 1802.05365.
+# Cost: n residual streams of activations; per token and sublayer, 2 n^2 (n + 2) C FLOPs for the coefficients
+# and 2 n (n + 2) C for mixing. Sources: Xie et al. 2025, arXiv 2512.24880; Zhu et al. 2024, arXiv 2409.19606;
+# DenseFormer, Pagliardini et al. 2024, arXiv 2402.02622; scalar mix, Peters et al. 2018, arXiv 1802.05365.
 
 
 class Residual(nn.Module):
@@ -2620,7 +2360,7 @@ class Residual(nn.Module):
 
 
 class HyperConnections(nn.Module):
-    """A sublayer f of n streams, the index-th of `sublayers`; `measured` says how far H_res is from doubly stochastic.
+    """A sublayer f of n streams, number `index` of `sublayers`; `measured`: how far H_res is from doubly stochastic.
 
     At the start H_pre reads stream index mod n, so that the streams' gradients differ: with equal streams H_res would
     have none, since its rows and columns cannot move their sums. The last H_res of "mhc" would be averaged away.
@@ -2643,7 +2383,7 @@ class HyperConnections(nn.Module):
             self.coefficients = nn.Linear(C, n + 2, bias=False)
             static = (torch.cat(static, 1).flatten(),)
         self.static = nn.Parameter(torch.cat(static))  # one dimension: weight decay must not pull it to 0
-        self.scale = nn.Parameter(torch.full((3 if self.mixes else 2,), 0.01))  # of the dynamic part
+        self.scale = nn.Parameter(torch.full((3 if self.mixes else 2,), 0.01))  # factors of the token-dependent part
         self.gate = nn.Parameter(torch.ones(())) if config.gated_blocks else None
         self.measured = {"row_error": torch.zeros(()), "column_error": torch.zeros(())} if self.mixes else {}
         self.last_res = None  # H_res of each row's last token in the last training step, (B, n, n)
@@ -2688,30 +2428,51 @@ class HyperConnections(nn.Module):
         return linear + sweeps + 2 * n * C * (2 + n * self.mixes)
 
 
-def composite_gain(model):
-    """The most that all H_res in turn amplify a signal: the largest absolute row sum of their product, a 0-d tensor."""
+def composite_gain(wires):
+    """The most that all H_res in turn amplify a signal: the largest absolute row sum of their product, 0-d."""
     gain = None
-    for wire in (m for m in model.modules() if isinstance(m, HyperConnections) and m.last_res is not None):
+    for wire in wires:
         gain = wire.last_res if gain is None else wire.last_res @ gain
     return gain.abs().sum(-1).amax()
+
+
+class Streams(nn.Module):
+    """How blocks get their residual streams: x (B, T, C) itself, or under use_mhc n copies of it, (B, T, n, C)."""
+
+    def __init__(self, config, blocks):
+        super().__init__()
+        self.n = config.mhc_streams if config.use_mhc else 0
+        wires = [wire for block in blocks for wire in (block.wire_1, block.wire_f, block.wire_2)]
+        self.wires = tuple(wire for wire in wires if isinstance(wire, HyperConnections))  # a tuple registers no modules
+
+    def spread(self, x):
+        return x[:, :, None].repeat(1, 1, self.n, 1) if self.n else x
+
+    @property
+    def measured(self):
+        mixing = [wire for wire in self.wires if wire.last_res is not None]
+        return {"composite_gain": composite_gain(mixing)} if mixing else {}
 
 
 def wiring(config, layer, sublayer):
     """The wiring of a block's sublayer, 0 the first."""
     if not config.use_mhc:
         return Residual(config)
-    a_block = 3 if config.use_region_feedback else 2
-    return HyperConnections(config, layer * a_block + sublayer, config.n_layer * a_block)
+    per_block = 3 if config.use_region_feedback else 2
+    return HyperConnections(config, layer * per_block + sublayer, config.n_layer * per_block)
 
 
 def stream_mean(x):
-    """What a head reads: (B, T, C) of the residual stream x (B, T, C) or of streams (B, T, n, C)."""
+    """What a head reads: the residual stream x (B, T, C) itself, or the mean (B, T, C) of streams (B, T, n, C)."""
     return x.mean(2) if x.dim() == 4 else x
 
 
 class LayerAggregation(nn.Module):
-    """ "dense": each block's output becomes a learned sum of all blocks' so far and the embedding, at first itself;
-    "scalar": the head reads a softmax mix of all blocks' outputs, at first their mean."""
+    """Two forms, by mla_mode.
+
+    "dense": each block's output becomes a learned sum of all blocks' so far and the embedding, at first itself;
+    "scalar": the head reads a softmax mix of all blocks' outputs, at first their mean.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -2762,7 +2523,7 @@ def weighted_window(parts):
 
 
 def with_past(module, state, x, n):
-    """x (B, T, C) after the n tokens before it, or as many as there were, which `state` remembers for `module`."""
+    """x (B, T, C) behind the n tokens before it, or as many as there were, which `state` keeps for `module`."""
     if state is None:
         return x
     store = state.of(module)
@@ -2794,7 +2555,7 @@ class WindowLinear(nn.Module):
 # K can; the first of them has P facets, of which token v uses number v mod P.
 #   q = gelu(sum_{j <= mfs_window} W_j [x^{n-L+1}; ..; x^n]_{t-j}),  L = mfs_layers top layers
 #   f_i = h + A_i [h; q], i = 1 .. P + K - 1, A_i near 0;  prior = softmax(B [h; q]);  p = sum_k prior_k softmax_k
-# h is the final norm's output; A_i + [I | 0] is the paper's projection. With regions A_i and B read [slate; q] instead.
+# h is the final norm's output; A_i + [I | 0] is the paper's projection. With regions A_i and B read [summary; q].
 # Cost: K heads instead of one and (L (mfs_window + 1) + 2 (P + K - 1)) C^2 weights: 21 C^2, where a block has 12 C^2.
 # Source: Chang & McCallum, ACL 2022; mixtures of softmaxes: Yang et al. 2018, arXiv 1711.03953.
 
@@ -2802,8 +2563,11 @@ class WindowLinear(nn.Module):
 class MFSHead(nn.Module):
     """Log-probabilities, where a linear head gives logits: their softmax is themselves."""
 
+    reads_context = returns_log_probs = True
+
     def __init__(self, config):
         super().__init__()
+        self.layers_read = config.mfs_layers
         C, self.K, self.chunk, self.size = config.n_embd, config.mfs_K, config.loss_chunk, config.vocab_size
         self.n_facets, self.rank = config.mfs_P + config.mfs_K - 1, config.mfs_lowrank_r
         self.window = WindowLinear(config.mfs_layers * C, C, config.mfs_window + 1, config.bias)
@@ -2816,10 +2580,10 @@ class MFSHead(nn.Module):
         if self.up is None:
             nn.init.normal_(self.facets.weight, std=1e-3)
 
-    def mixture(self, hiddens, h, slate=None, state=None):
+    def mixture(self, hiddens, h, context=None, state=None):
         """(facets (B, T, P + K - 1, C), log prior (B, T, K)) of the top layers' outputs, a list of (B, T, C), and h."""
         q = F.gelu(self.window(torch.cat(hiddens, -1), state))
-        joined = torch.cat((h if slate is None else slate, q), -1)  # (B, T, 2C)
+        joined = torch.cat((h if context is None else context, q), -1)  # (B, T, 2C)
         facets = self.facets(joined).unflatten(-1, (self.n_facets, -1))
         if self.up is not None:
             facets = torch.einsum("btfr,frc->btfc", facets, self.up)
@@ -2833,8 +2597,14 @@ class MFSHead(nn.Module):
         rows = (x.flatten(0, 1).split(self.chunk) for x in (facets, log_prior))
         return torch.cat([mixture_log_probs(f, p, weight) for f, p in zip(*rows)]).unflatten(0, facets.shape[:2])
 
-    def forward(self, hiddens, h, weight, slate=None, state=None):
-        return self.log_probs(*self.mixture(hiddens, h, slate, state), weight)
+    def forward(self, hiddens, h, weight, context=None, state=None):
+        return self.log_probs(*self.mixture(hiddens, h, context, state), weight)
+
+    def predict(self, h, context, run, shown, is_chunked):
+        """(log-probabilities of the positions `shown`; where it is chunked (mean loss, each token's), else None)."""
+        mixture = self.mixture(run.hiddens, h, context, run.state)
+        log_probs = self.log_probs(*(part[:, shown] for part in mixture), run.weight)
+        return log_probs, self.loss(*mixture, run.weight, run.targets) if is_chunked else None
 
     def loss(self, facets, log_prior, weight, targets):
         """Mean of -log p(targets) over those that are not -1, and each token's: loss_chunk tokens at a time."""
@@ -2848,21 +2618,44 @@ class MFSHead(nn.Module):
         return 2 * (self.K - 1) * self.size * C + 2 * self.n_facets * self.rank * C
 
 
+# A head says in class attributes whether it reads_context and returns_log_probs, and in `layers_read` of how many top
+# layers it wants the outputs in run.hiddens. Its `predict` is as MFSHead's.
+HEADS = {"mfs": MFSHead}  # the flag is use_mfs_head; without one the head is linear
+
+
+def language_model_loss(logits, chunked, run):
+    """Mean cross-entropy in nats per token over run.targets that are not -1; each token's goes to run.on_token_loss.
+
+    From logits (B, T, V), or where the loss was computed in chunks from `chunked`, (mean, each token's).
+    """
+    targets = run.targets.reshape(-1)
+    if chunked is not None:
+        loss, each = chunked
+    else:
+        flat, each = logits.view(-1, logits.size(-1)), None  # log-probabilities are their own softmax
+        if run.on_token_loss is not None:
+            each = F.cross_entropy(flat.detach(), targets, ignore_index=-1, reduction="none")
+        loss = F.cross_entropy(flat, targets, ignore_index=-1)
+    if run.on_token_loss is not None:
+        run.on_token_loss(each.flatten(), targets)
+    return loss
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Slates: a summary s_t (B, T, C) of what came before, which conditions the heads; h (B, T, C), the final norm's output.
+# Context summaries s_t (B, T, C) of what came before condition the heads; h (B, T, C) is the final norm's output.
 #   local:   s_t = mean of the last slate_window h, fewer at the start
 #   regions: s_t = proj [mean of h over the complete cells of t's region; running mean of t's cell; prior_t; error_t],
 #            prior_t = d prior_{t-1} + (1 - d) h_{t-1}, error_t how badly the auto-encoder below predicted token t
-# Cost: O(T C), for regions up to 3 C^2 weights; decoding keeps slate_window vectors, or one sum a cell and the prior.
+# Cost: O(T C), for regions up to 3 C^2 weights; decoding keeps slate_window vectors, or one sum per cell and the prior.
 
 
-class Slate(nn.Module):
+class ContextSummary(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.window = config.slate_window
 
     def forward(self, h, state=None):
-        T, past = h.size(1), 0 if state is None else state.pos
+        T, past = h.size(1), tokens_before(state)
         total = window_sum(with_past(self, state, h, self.window - 1), self.window)[:, -T:]
         count = torch.arange(past + 1, past + T + 1, device=h.device).clamp(max=self.window)
         return total / count[:, None].to(h.dtype)
@@ -2876,7 +2669,7 @@ def complete_cells(starts, region_size):
     return (length > 0) / length.sum(1, keepdim=True).clamp(min=1)
 
 
-class RegionSlate(nn.Module):
+class RegionSummary(nn.Module):
     def __init__(self, config, cells):
         super().__init__()
         self.cells, self.region_size = cells, config.region_size
@@ -2885,29 +2678,29 @@ class RegionSlate(nn.Module):
         self.c_error = nn.Linear(1, config.n_embd, bias=False) if config.region_slate_include_error else None
 
     def forward(self, h, state=None):
-        """The slate with an error entry of zero."""
-        store = {} if state is None else state.of(self)
+        """The summary with an error entry of zero."""
+        store = store_of(state, self)
         x = h.to(sum_dtype(h))
-        parts = [*self.cell_means(x, store, 0 if state is None else state.pos)]
+        parts = [*self.cell_means(x, store, tokens_before(state))]
         if self.decay is not None:
             parts.append(self.prior(x, store))
         return self.proj(torch.cat(parts, -1).to(h.dtype))
 
-    def with_error(self, slate, error):
-        """The slate with error (B, T, 1), in nats, in its place: the projection is linear."""
-        return slate + self.c_error(error)
+    def with_error(self, summary, error):
+        """The summary with error (B, T, 1), in nats, in its place: the projection is linear."""
+        return summary + self.c_error(error)
 
     def cell_means(self, x, store, past):
         """Mean of the complete cells of each token's region, running mean of its own cell: (B, T, C) each."""
         B, T, C = x.shape
         starts = torch.tensor(self.cells.starts, device=x.device)
-        cell, place = self.cells.cell[past : past + T], torch.arange(past, past + T, device=x.device)
+        cell, position = self.cells.cell[past : past + T], torch.arange(past, past + T, device=x.device)
         sums = store.get("sums", x.new_zeros(B, len(starts) - 1, C))
-        goes_on = (place != starts[cell]).to(x.dtype)[:, None]  # (T, 1), 0 where a cell begins
+        goes_on = (position != starts[cell]).to(x.dtype)[:, None]  # (T, 1), 0 where a cell begins
         own = gated_scan(goes_on.expand(B, T, C), x, sums[:, cell[:1]][:, 0])
         store["sums"] = sums = sums.index_add(1, cell, x)
         complete = complete_cells(starts, self.region_size).to(x.dtype) @ sums  # (B, cells, C)
-        return complete[:, cell], own / (place - starts[cell] + 1)[:, None].to(x.dtype)
+        return complete[:, cell], own / (position - starts[cell] + 1)[:, None].to(x.dtype)
 
     def prior(self, x, store):
         """Exponential moving average of the tokens before each, (B, T, C)."""
@@ -2917,13 +2710,22 @@ class RegionSlate(nn.Module):
         return torch.cat((before[:, None], average[:, :-1]), 1)
 
 
+def context_summary(config, blocks):
+    """What the flags ask for: regions (over the cells of the last layer that has any), a plain window, or None."""
+    if not config.has_region_slate:
+        return ContextSummary(config) if config.add_l4_losses else None
+    cells = [block.attn.cells for block in blocks if getattr(block.attn, "cells", None) is not None]
+    return RegionSummary(config, cells[-1] if cells else Cells(config, config.n_layer - 1))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# L4 auto-encoder, an auxiliary loss: z_t = gelu(sum_{j < n} W_j h_{t-j} + W_s s_t) (ae_dim), n = ae_window, and from it
+# Auto-encoder, an auxiliary loss after the cortex's layer 4 (L4):
+# z_t = gelu(sum_{j < n} W_j h_{t-j} + W_s s_t) (ae_dim), n = ae_window, and from it
 #   (a) the window: mean |V_j z_t - norm(h_{t-j})|^2, the target without a gradient;  (b) the token after the next:
 #   cross-entropy of targets_{t+1} under the output embedding's softmax(E W z_t), so the head learns to look further.
 # (a) is expanded, z^T (V^T V) z - 2 z sum_j V_j^T norm(h_{t-j}) + |window|^2: nothing n C wide is built for a token.
-# The loss of token t, predicted at t - 2, is the error signal of the region slate. Cost: in training a second linear
-# head and 4 C^2 weights; in evaluation nothing, or with the error signal in an MFS's slate a head's forward.
+# The loss of token t, predicted at t - 2, is the error signal of the region summary. Cost: in training a second linear
+# head and 4 C^2 weights; in evaluation nothing, or with the error signal in an MFS's summary a head's forward.
 
 
 class SlidingWindowAE(nn.Module):
@@ -2931,18 +2733,24 @@ class SlidingWindowAE(nn.Module):
         super().__init__()
         C, self.n = config.n_embd, config.ae_window
         D = config.ae_dim or max(1, C // 4)
-        self.chunk, self.size = config.loss_chunk, config.vocab_size
+        self.chunk, self.size, self.loss_weight = config.loss_chunk, config.vocab_size, config.l4_loss_weight
         self.window = WindowLinear(C, D, self.n, config.bias)
         self.c_slate = nn.Linear(C, D, bias=False)
         self.decoder = nn.Linear(D, self.n * C, bias=False)
         self.c_next = nn.Linear(D, C, bias=config.bias)
 
-    def code(self, h, slate, state=None):
-        return F.gelu(self.window(h, state) + self.c_slate(slate))  # (B, T, D)
+    def code(self, h, context, state=None):
+        return F.gelu(self.window(h, state) + self.c_slate(context))  # (B, T, D)
 
-    def forward(self, h, slate, targets, weight):
-        """(reconstruction, next-step loss), 0-d: h, slate (B, T, C), targets (B, T), weight (V, C)."""
-        z = self.code(h, slate)
+    def add_losses(self, h, context, run):
+        """Leave "l4_reconstruction" and "l4_next" in run.losses; h and context (B, T, C)."""
+        reconstruction, ahead = self(h, context, run.targets, run.weight)
+        run.losses["l4_reconstruction"] = (self.loss_weight, reconstruction)
+        run.losses["l4_next"] = (self.loss_weight, ahead)
+
+    def forward(self, h, context, targets, weight):
+        """(reconstruction, next-step loss), 0-d: h, context (B, T, C), targets (B, T), weight (V, C)."""
+        z = self.code(h, context)
         after_next = F.pad(targets[:, 1:], (0, 1), value=-1)
         loss = chunked_cross_entropy(self.c_next(z), weight, after_next, self.chunk)
         loss = torch.where((after_next != -1).any(), loss, 0.0)  # a single token has none
@@ -2960,11 +2768,11 @@ class SlidingWindowAE(nn.Module):
         return (size + (z @ gram - 2 * match).mul(z).sum(-1, keepdim=True)).mean() / len(V)
 
     @torch.no_grad()
-    def error(self, h, slate, idx, weight, state=None):
+    def error(self, h, context, idx, weight, state=None):
         """Loss of each token of idx (B, T) when it was predicted, two tokens before it: (B, T, 1) nats, 0 for t < 2."""
-        (B, T, C), past = h.shape, 0 if state is None else state.pos
-        store = {} if state is None else state.of(self)
-        ahead = self.c_next(self.code(h, slate, state))
+        (B, T, C), past = h.shape, tokens_before(state)
+        store = store_of(state, self)
+        ahead = self.c_next(self.code(h, context, state))
         ahead = torch.cat((store.get("ahead", ahead.new_zeros(B, 2, C)), ahead), 1)
         store["ahead"] = ahead[:, -2:]
         known = torch.arange(past, past + T, device=idx.device) >= 2
@@ -2977,14 +2785,546 @@ class SlidingWindowAE(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Learning rules, first part: surrogate gradients. y is computed as always and its parameters get exact gradients, but
+# the gradient that reaches the input x follows another rule: y(x.detach()) joined with x by `SurrogateGradient`. All
+# learning rules are built on it. It costs no memory of its own, and is switched off by `backprop` (calibration steps
+# and diagnostics) and in forward mode (GrAPE), where the layer itself is differentiated.
+
+
+class SurrogateGradient(torch.autograd.Function):
+    """y, unchanged; backward: y gets its gradient g, and x gets rule(g, *saved). `rule` is a function below."""
+
+    @staticmethod
+    def forward(y, x, rule, *saved):
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, x, ctx.rule, *saved = inputs
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(*saved)
+
+    @staticmethod
+    def backward(ctx, g):
+        saved = ctx.saved_tensors
+        sent = ctx.rule(g, *saved).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return g, sent, None, *(None for _ in saved)
+
+
+def has_tangent(x):
+    """Whether x carries a forward-mode derivative, which kernels and surrogate gradients would lose."""
+    return not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None
+
+
+def uses_backprop(module, x):
+    return module.backprop or has_tangent(x)
+
+
+def set_backprop(model, on):
+    """Turn backpropagation on or off everywhere in `model`; forward values stay the same."""
+    for module in model.modules():
+        if hasattr(module, "backprop"):
+            module.backprop = on
+
+
+@contextmanager
+def backpropagation(model):
+    """Backpropagation inside the block, whatever the learning rule is outside."""
+    before = {module: module.backprop for module in model.modules() if hasattr(module, "backprop")}
+    set_backprop(model, True)
+    try:
+        yield
+    finally:
+        for module, on in before.items():
+            module.backprop = on
+
+
+def pass_through(g):
+    return g
+
+
+def straight_through(x, y):
+    """y, of x's shape, with the gradient of x."""
+    return x + (y - x).detach() if has_tangent(x) else SurrogateGradient.apply(y.detach(), x, pass_through)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LocalLinear: y = W x + b; x (..., in) -> (..., out). With gradient g at y, dW = g x^T and db = g are exact; x gets
+#   bp, dfa: W^T g        fa: B^T g, B fixed and random        sign_sym: s sign(W)^T g, s = mean |W| or a fixed size
+# B has the shape of W. Cost: the matrix products of backpropagation, and one pass over W for sign_sym. Sources:
+# Lillicrap et al. 2016 (arXiv 1411.0247), Liao et al. 2016 (1510.05067), Xiao et al. 2019 (1811.03567).
+
+METHODS, FA_INITS, SIGN_SCALES = (
+    get_args(GPTConfig.__dataclass_fields__[name].type) for name in ("method", "fa_init_mode", "sign_sym_scale")
+)
+
+
+def feedback_matrix(out_features, in_features, mode, std, sparse_k, generator):
+    """Random feedback B (out, in), float32 on the CPU; std is the weights' own.
+
+    "gaussian": N(0, std). "orthogonal": orthonormal rows or columns, whichever are fewer. "ortho_he": the same with
+    entries of variance 2 / out (B sums over out gradients). "sparse": sparse_k non-zeros per row (0: in / 16),
+    N(0, std) scaled so that the row keeps its variance.
+    """
+    shape = (out_features, in_features)
+    if mode in ("orthogonal", "ortho_he"):
+        B = nn.init.orthogonal_(torch.empty(shape, device="cpu"), generator=generator)
+        return B * math.sqrt(2 * max(shape) / out_features) if mode == "ortho_he" else B
+    B = std * torch.randn(shape, generator=generator, device="cpu")
+    if mode == "sparse":
+        k = min(sparse_k or max(1, in_features // 16), in_features)
+        kept = torch.rand(shape, generator=generator, device="cpu").topk(k, dim=1).indices
+        B *= math.sqrt(in_features / k) * torch.zeros(shape, device="cpu").scatter_(1, kept, 1.0)
+    return B
+
+
+def send_fixed(g, B):
+    return g @ B.to(g.dtype)
+
+
+def send_sign(g, W, magnitude):
+    return g @ sign_feedback(W, magnitude).to(g.dtype)
+
+
+def sign_feedback(W, magnitude):
+    """sign(W) times a magnitude: a number, a matrix, or by default mean |W|, which is nearest to W."""
+    return W.sign() * (W.abs().mean() if magnitude is None else magnitude)
+
+
+class LocalLinear(nn.Linear):
+    """nn.Linear whose input gets its gradient by `method`; with "bp" and "dfa" it is nn.Linear to the last bit.
+
+    init_mode and sparse_k shape B ("fa"), sign_scale the magnitudes ("sign_sym": "mean", "init" or
+    "frozen_magnitude"), std is the weights' (default: nn.Linear's own), seed makes B. `feedback`, B or the magnitudes,
+    is saved. ValueError for names that do not exist.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, method="bp", init_mode="gaussian", sparse_k=0,
+                 sign_scale="mean", std=None, seed=0):  # fmt: skip
+        super().__init__(in_features, out_features, bias)
+        for value, known in ((method, METHODS), (init_mode, FA_INITS), (sign_scale, SIGN_SCALES)):
+            if value not in known:
+                raise ValueError(f"{value!r}: must be one of {', '.join(known)}")
+        self.method, self.backprop = method, False
+        std = 1 / math.sqrt(3 * in_features) if std is None else std
+        generator, feedback = torch.Generator("cpu").manual_seed(seed), None
+        if method == "fa":
+            feedback = feedback_matrix(out_features, in_features, init_mode, std, sparse_k, generator)
+        elif method == "sign_sym" and sign_scale == "frozen_magnitude":
+            feedback = feedback_matrix(out_features, in_features, "gaussian", std, 0, generator).abs()
+        elif method == "sign_sym" and sign_scale == "init":
+            feedback = torch.tensor(std)
+        if method in ("fa", "sign_sym"):
+            self.register_buffer("feedback", None if feedback is None else feedback.to(self.weight))
+
+    def forward(self, x):
+        if self.method in ("bp", "dfa") or uses_backprop(self, x):
+            return super().forward(x)
+        y = super().forward(x.detach())
+        if self.method == "fa":
+            return SurrogateGradient.apply(y, x, send_fixed, self.feedback)
+        return SurrogateGradient.apply(y, x, send_sign, self.weight, self.feedback)
+
+    def error_weight(self):
+        """What takes the place of W in the backward pass, in its shape."""
+        if self.method == "sign_sym":
+            return sign_feedback(self.weight.detach(), self.feedback)
+        return self.feedback if self.method == "fa" else self.weight.detach()
+
+
+def replace_linears(module, config, depth=""):
+    """Make every nn.Linear inside `module` a LocalLinear by config.method, before the weights are initialised."""
+    for name, child in module.named_children():
+        path = f"{depth}.{name}" if depth else name
+        if type(child) is not nn.Linear:
+            replace_linears(child, config, path)
+            continue
+        std = 0.02 / math.sqrt(2 * config.n_layer) if name in ("c_proj", "o_proj") else 0.02
+        linear = LocalLinear(
+            child.in_features, child.out_features, child.bias is not None, config.method, config.fa_init_mode,
+            config.fa_sparse_k, config.sign_sym_scale, std, seed=config.frozen_seed + zlib.crc32(path.encode()),
+        )  # fmt: skip
+        setattr(module, name, linear)
+
+
+def own_projections(weights, model):
+    """A state dict as `model` has it: c_attn in parts and c_proj as o_proj where it has those, and its own feedback.
+
+    Feedback is the model's if there is none among the weights, as in those of a model trained by backpropagation.
+    """
+    own = model.state_dict()
+    has_feedback = any(name.endswith(".feedback") for name in weights)
+    split = {} if has_feedback else {name: t for name, t in own.items() if name.endswith(".feedback")}
+    for name, w in weights.items():
+        stem, _, kind = name.rpartition(".")
+        if f"{stem.rpartition('.')[0]}.q_proj.{kind}" not in own:
+            split[name] = w
+        elif stem.endswith("attn.c_attn"):
+            split |= {f"{stem[:-6]}{p}_proj.{kind}": part.clone() for p, part in zip("qkv", w.chunk(3))}
+        elif stem.endswith("attn.c_proj"):
+            split[f"{stem[:-6]}o_proj.{kind}"] = w
+        else:
+            split[name] = w
+    return split
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations and norms with surrogate gradients, whose backward leaves something out; z = (x - mean) / sigma.
+#   ste_sigmoid, ste_gelu: dx = dy. ln_mode, with g = dy w: "ste" dx = dy, "center_scale" dx = (g - mean g) / sigma,
+#   "projected" dx = (g - mean g - z mean(g z)) / sigma, which is the exact gradient: it is here to be compared with.
+# Gains and biases of norms get exact gradients in every mode. Straight-through: Bengio et al. 2013, arXiv 1308.3432.
+
+
+class SigmoidSTE(nn.Module):
+    """sigmoid(x), any shape; the backward leaves out y (1 - y)."""
+
+    backprop = False
+
+    def forward(self, x):
+        return x.sigmoid() if uses_backprop(self, x) else straight_through(x, x.detach().sigmoid())
+
+
+class GELUSTE(nn.Module):
+    """gelu(x), exact form, any shape; the backward leaves out gelu'(x)."""
+
+    backprop = False
+
+    def forward(self, x):
+        return F.gelu(x) if uses_backprop(self, x) else straight_through(x, F.gelu(x.detach()))
+
+
+class LayerNormSTE(nn.LayerNorm):
+    """Layer norm whose gradient passes through unchanged."""
+
+    backprop = False
+
+    def forward(self, x):
+        if uses_backprop(self, x):
+            return super().forward(x)
+        return SurrogateGradient.apply(super().forward(x.detach()), x, pass_through)
+
+
+def center_scale(g, z, rstd, weight):
+    g = g if weight is None else g * weight
+    return (g - g.mean(-1, keepdim=True)) * rstd
+
+
+def project_out(g, z, rstd, weight):
+    g = g if weight is None else g * weight
+    return (g - g.mean(-1, keepdim=True) - z * (g * z).mean(-1, keepdim=True)) * rstd
+
+
+class LayerNormCenterScale(LayerNormSTE):
+    """Layer norm whose gradient is centred and divided by sigma."""
+
+    rule = staticmethod(center_scale)
+
+    def forward(self, x):
+        if uses_backprop(self, x):
+            return nn.LayerNorm.forward(self, x)
+        z, _, rstd = torch.native_layer_norm(x.detach(), self.normalized_shape, None, None, self.eps)
+        y = z if self.weight is None else z * self.weight
+        y = y if self.bias is None else y + self.bias
+        return SurrogateGradient.apply(y, x, self.rule, z, rstd, self.weight)
+
+
+class LayerNormProjectedSurrogate(LayerNormCenterScale):
+    """Layer norm whose gradient loses its components along 1 and z: the exact gradient, written by hand."""
+
+    rule = staticmethod(project_out)
+
+
+NORMS = {
+    "bp": nn.LayerNorm,
+    "ste": LayerNormSTE,
+    "center_scale": LayerNormCenterScale,
+    "projected": LayerNormProjectedSurrogate,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax attention with a local backward (fuse_attn_local): A = softmax(S), O = A V, and for a gradient dO,
+#   dS = A (<dO, V_j> - <dO, O>), dV = A^T dO: what autograd computes, each row from its own numbers alone.
+# O(T^2) with T x T matrices in memory. The second term is FlashAttention's D (Dao et al. 2022, arXiv 2205.14135).
+
+
+class SoftmaxValueMixLocal(torch.autograd.Function):
+    """softmax(S) V; scores S (..., T, n) with -inf for masked keys, V (..., n, hs) -> (..., T, hs)."""
+
+    @staticmethod
+    def forward(S, V):
+        A = S.softmax(-1)
+        return A @ V, A
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        O, A = output
+        ctx.mark_non_differentiable(A)
+        ctx.save_for_backward(inputs[1], O, A)
+
+    @staticmethod
+    def backward(ctx, dO, _):
+        V, O, A = ctx.saved_tensors
+        dS = (dO @ V.mT).sub_((dO * O).sum(-1, keepdim=True)).mul_(A)
+        return dS, A.mT @ dO
+
+
+def local_attention(q, k, v):
+    """Causal softmax attention, q, k, v (B, nh, T, hs), through SoftmaxValueMixLocal."""
+    (B, nh, T, hs), (q, k, v) = q.shape, (x.flatten(0, 1) for x in (q, k, v))
+    mask = q.new_full((T, T), -torch.inf).triu(1)
+    return SoftmaxValueMixLocal.apply(torch.baddbmm(mask, q, k.mT, alpha=hs**-0.5), v)[0].view(B, nh, T, hs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Direct feedback alignment: the stream is cut (detached) after every sublayer's or block's output but the last, so a
+# segment between cuts learns by itself from the gradient that `BroadcastError` gives to the end of it: e B_l, with e
+# (B, T, C) the gradient at the final hidden state and B one random tensor, entries U(-1, 1) / sqrt(C). Gradients inside
+# a segment and of the head are exact. dfa_feedback="skip" is the control without B: each cut gets e itself, which is
+# what the uncut residual stream alone would bring. Cost: one C x C product per cut; no segment waits for another.
+# Sources: Nokland 2016, arXiv 1609.01596; Launay et al. 2020, arXiv 2006.12878.
+
+
+class BroadcastError(torch.autograd.Function):
+    """h (B, T, C), unchanged; its gradient e goes to h as it is, and to cut l as e B[l], or as e where B is None."""
+
+    @staticmethod
+    def forward(h, B, *cuts):
+        return h.view_as(h)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, B, *cuts = inputs
+        ctx.save_for_backward(B)
+        ctx.n_cuts = len(cuts)
+
+    @staticmethod
+    def backward(ctx, e):
+        (B,) = ctx.saved_tensors
+        return e, None, *((e @ B[l].to(e.dtype) if B is not None else e) for l in range(ctx.n_cuts))
+
+
+Join = BroadcastError  # as the system that it comes from calls it
+
+
+class DirectFeedback(nn.Module):
+    """Where a model is cut and the feedback to these cuts, (cuts, C, C), saved; None for the "skip" control."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.backprop = False
+        self.places = ("sublayer", "block") if config.dfa_granularity == "sublayer" else ("block",)
+        self.n_cuts = config.n_layer * len(self.places) - 1
+        feedback = None
+        if config.dfa_feedback == "matrix":
+            shape, generator = (self.n_cuts, config.n_embd, config.n_embd), torch.Generator("cpu")
+            generator.manual_seed(config.frozen_seed)
+            feedback = 2 * torch.rand(shape, generator=generator, device="cpu") - 1
+            feedback /= math.sqrt(config.n_embd)
+        self.register_buffer("feedback", feedback)
+
+    def begin(self, run):
+        if run.targets is not None and not self.backprop:
+            run.cuts = []
+            run.cut = detach_and_record(run.cuts, self.places)
+
+    def final_norm(self, norm, x, run):
+        """norm(x), whose gradient also goes to what was cut in this pass; the control broadcasts the stream's own."""
+        if not run.cuts:
+            return norm(x)
+        if self.feedback is None:
+            return norm(BroadcastError.apply(x, None, *run.cuts))
+        return BroadcastError.apply(norm(x), self.feedback, *run.cuts)
+
+
+def detach_and_record(cuts, places):
+    """A function that at these places keeps the stream x in the list `cuts` and returns it without its past."""
+
+    def cut(x, where):
+        if where not in places:
+            return x
+        cuts.append(x)
+        return x.detach()
+
+    return cut
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GrAPE: feedback learns the Jacobian J that it stands for, without W^T. Every fa_grape_every optimiser steps, random
+# probes p give M = mean (J p) p^T, whose expectation is J, and B takes one gradient step on 1 - cos(B, M), its columns
+# keeping their norms. fa: J p = W p. dfa: J maps cut to final hidden state of the same token, by one forward-mode pass
+# for all cuts at once (their probes are independent) over up to n_probe of the step's sequences.
+# Cost of a dfa probe: about three forwards of n_probe sequences. Caillon et al. 2026, openreview kasbbmwk3s; the mean
+# over probes and the step in units of |B| are ours.
+
+
+def turn_towards(B, M, rate):
+    """One step down 1 - cos(B, M), rate in units of |B|, in place; zeros of B stay, columns keep their norms."""
+    norms = B.norm(dim=0)
+    M = M * (B != 0)
+    B_hat, M_hat = B / B.norm().clamp(min=1e-12), M / M.norm().clamp(min=1e-12)
+    turned = B_hat + rate * (M_hat - (B_hat * M_hat).sum() * B_hat)
+    B.copy_(turned * (norms / turned.norm(dim=0).clamp(min=1e-12)))
+
+
+class Grape(nn.Module):
+    """GrAPE's clock and probes, and the steps of true backpropagation that fa_calibrate_every asks for.
+
+    Acts once per optimiser step, through hooks. Probes come from a generator seeded by the step, and the sequences from
+    a hash, so that every process draws the same and any split of a batch gives the same feedback.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.every = config.fa_grape_every if config.fa_grape else 0
+        self.calibrate_every, self.rate = config.fa_calibrate_every, config.fa_grape_lr
+        self.n_probe, self.seed, self.step = config.fa_grape_n_probe, config.frozen_seed, 0
+        self.is_listening = False
+        if self.every and config.method == "dfa":
+            generator = torch.Generator("cpu").manual_seed(self.seed)
+            factors = torch.randint(1, 2**31, (config.block_size,), generator=generator, device="cpu")
+            self.register_buffer("factors", factors, persistent=False)  # for the hash
+            tokens = torch.full((self.n_probe, config.block_size), -1, device="cpu")
+            self.register_buffer("probe_tokens", tokens, persistent=False)  # a row of -1 is free
+            self.is_listening = True
+
+    def get_extra_state(self):
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state):
+        self.step = int(state)
+
+    def chosen(self, rows):
+        """The n_probe of rows (n, block_size) with the largest hash: from parts' choices follows that of the whole."""
+        score = torch.where(rows[:, 0] < 0, -1, (rows * self.factors).sum(1) % (2**31 - 1))
+        return rows[score.topk(self.n_probe).indices]
+
+    def begin(self, run):
+        if self.is_listening and run.training:
+            self.observe(run.idx)
+
+    @torch.no_grad()
+    def observe(self, idx):
+        """Keep some of the sequences idx (B, T) for the next probe."""
+        idx = idx[:, : self.probe_tokens.size(1)]
+        idx = F.pad(idx, (0, self.probe_tokens.size(1) - idx.size(1)))
+        self.probe_tokens.copy_(self.chosen(torch.cat((self.probe_tokens, idx))))
+
+    def attach(self, optimizer, model):
+        """Align feedback before, and count after, each step of `optimizer`."""
+
+        def is_due():
+            return self.every > 0 and self.step % self.every == 0
+
+        def prepare():
+            self.is_listening = is_due() and model.dfa is not None
+            set_backprop(model, self.calibrate_every > 0 and (self.step + 1) % self.calibrate_every == 0)
+
+        @torch.no_grad()
+        def pre(optimizer, args, kwargs):
+            if is_due():
+                generator = torch.Generator("cpu").manual_seed(self.seed + 1 + self.step)
+                (self.align_cuts if model.dfa is not None else self.align_layers)(model, generator)
+
+        def post(optimizer, args, kwargs):
+            self.step += 1
+            prepare()
+
+        prepare()
+        optimizer.register_step_pre_hook(pre)
+        optimizer.register_step_post_hook(post)
+
+    def align_layers(self, model, generator):
+        for layer in (m for m in model.modules() if isinstance(m, LocalLinear) and m.method == "fa"):
+            p = torch.randn(layer.in_features, self.n_probe, generator=generator, device="cpu").to(layer.weight)
+            turn_towards(layer.feedback, (layer.weight @ p) @ p.T, self.rate)
+
+    def align_cuts(self, model, generator):
+        tokens = self.probe_tokens
+        if has_processes():
+            parts = [torch.empty_like(tokens) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(parts, tokens)
+            tokens = self.chosen(torch.cat(parts))
+        tokens = tokens[tokens[:, 0] >= 0, : model.config.block_size]  # a copy
+        self.probe_tokens.fill_(-1)
+        for B, M in zip(model.dfa.feedback, cut_jacobians(model, tokens, generator) if len(tokens) else ()):
+            turn_towards(B, M, self.rate)
+
+
+def perturbed_hidden(model, x, run, *nudges):
+    """The final hidden state (B, T, C) of embedded tokens x with nudges[l] (B, T, C) added at cut l."""
+    nudge = iter(nudges)
+    run.cut = lambda x, where: x + next(nudge) if where in model.dfa.places else x
+    return model.transformer.ln_f(model.trunk(x, run))
+
+
+def cut_jacobians(model, tokens, generator):
+    """Estimates of the sum over tokens (B, T) of d hidden_t / d cut_lt, (C, C) per cut, up to one common factor."""
+    B, T, C = *tokens.shape, model.config.n_embd
+    weight = model.lm_head.weight
+    probes = [torch.randn(B, T, C, generator=generator, device="cpu").to(weight) for _ in range(model.dfa.n_cuts)]
+    training = model.training
+    model.eval()
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+        nudges = tuple(torch.zeros_like(p) for p in probes)  # perturbations, all zero
+        with torch.no_grad():
+            run = Pass(tokens)
+            x = model.embed(run)  # before all cuts, and not all of it has forward mode
+        _, Jp = torch.func.jvp(partial(perturbed_hidden, model, x, run), nudges, tuple(probes))
+    model.train(training)
+    return [Jp.flatten(0, 1).T @ p.flatten(0, 1) for p in probes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How learning rules are measured: the angle between W and what replaces it in the backward pass (degrees), and, on one
+# batch, the cosine between each weight's local gradient and the true one; a layer descends where that is positive.
+
+
+def cosine(a, b):
+    return F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
+
+
+def feedback_angles(model):
+    """{layer: degrees between W and its feedback} of every layer whose gradients go through something else."""
+    local = {n: m for n, m in model.named_modules() if isinstance(m, LocalLinear) and m.method in ("fa", "sign_sym")}
+    cosines = {n: cosine(m.error_weight(), m.weight) for n, m in local.items()}
+    return {n: math.degrees(math.acos(max(-1.0, min(1.0, c)))) for n, c in cosines.items()}
+
+
+def gradient_cosines(model, idx, targets):
+    """{layer: cosine between the local gradient of its weight and the true one} on a batch, in evaluation mode."""
+    weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
+    training = model.training
+    model.eval()
+    local = torch.autograd.grad(model(idx, targets)[1], list(weights.values()))
+    with backpropagation(model):
+        true = torch.autograd.grad(model(idx, targets)[1], list(weights.values()))
+    model.train(training)
+    return {n: cosine(a, b) for n, a, b in zip(weights, local, true)}
+
+
+def alignment(model, idx=None, targets=None):
+    """What the log shows: mean angle, and with a probe batch the mean cosine and the share of layers that descend."""
+    report, angles = {}, feedback_angles(model)
+    if angles:
+        report = {"angle": sum(angles.values()) / len(angles)} | {f"angle/{n}": a for n, a in angles.items()}
+    if idx is not None:
+        cosines = gradient_cosines(model, idx, targets)
+        report["cosine"] = sum(cosines.values()) / len(cosines)
+        report["descends"] = sum(c > 0 for c in cosines.values()) / len(cosines)
+        report |= {f"cosine/{n}": c for n, c in cosines.items()}
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Limits on what a vector may hold, (..., C) -> (..., C): k winners by magnitude (also in the MLP), a frozen subspace,
 # K directions, lattice points. On the residual stream they follow every block and are shared by all of them.
-# Cost a token: O(C) for winners, 4 r C FLOPs for a subspace, 2 K C for K directions. k winners: Ahmad & Scheinkman
+# Cost per token: O(C) for winners, 4 r C FLOPs for a subspace, 2 K C for K directions. k winners: Ahmad & Scheinkman
 # 2019, arXiv 1903.11257; directions: van den Oord et al. 2017, arXiv 1711.00937, with codes that stay random.
 
 
 class HardTopK(nn.Module):
-    """The k largest magnitudes of x (..., C), exactly k on ties, and 0 elsewhere; errors pass where values do."""
+    """The k largest magnitudes of x (..., C), exactly k on ties, and 0 elsewhere; gradients pass where values do."""
 
     def __init__(self, k):
         super().__init__()
@@ -2996,7 +3336,7 @@ class HardTopK(nn.Module):
 
 
 class FrozenSubspace(nn.Module):
-    """x (..., C) projected onto a random r-dimensional subspace; errors are projected too."""
+    """x (..., C) projected onto a random r-dimensional subspace; gradients are projected too."""
 
     def __init__(self, n_embd, rank, seed=0):
         super().__init__()
@@ -3012,7 +3352,7 @@ class FrozenSubspace(nn.Module):
 
 
 class VQResidualDir(nn.Module):
-    """|x| times the nearest of K frozen unit vectors, x (..., C); the error passes as it is."""
+    """|x| times the nearest of K frozen unit vectors, x (..., C); the gradient passes unchanged."""
 
     def __init__(self, n_embd, codes, seed=0):
         super().__init__()
@@ -3034,7 +3374,7 @@ class E7Quantizer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.01))  # embeddings start at 0.02 a channel: a few cells wide
+        self.scale = nn.Parameter(torch.tensor(0.01))  # embeddings start at 0.02 per channel: a few cells wide
 
     def forward(self, x):
         u = x / self.scale
@@ -3060,612 +3400,113 @@ def residual_limits(config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Direct feedback alignment: the stream is detached after each tap (every sublayer's or block's output but the last), so
-# a segment between taps learns by itself from the error that `Join` hands to its tap: e B_l, with e (B, T, C) the error
-# at the final hidden state and B one random tensor, entries U(-1, 1) / sqrt(C). Gradients inside a segment and of the
-# head are exact. dfa_feedback="skip" is the control without B: what the uncut residual stream alone would bring.
-# Cost: one C x C product a tap; no segment waits for another. Nokland 2016, 1609.01596; Launay et al. 2020, 2006.12878.
+# HTM-style meta-updates: columns (attention heads, and groups of 64 hidden units) that predict well learn faster.
+#   success_c <- decay success_c + (1 - decay) sum_t a_ct [loss_t < its running mean] / sum_t a_ct, with a_ct >= 0 the
+#   activity of column c at token t; c's update is scaled by 1 + strength tanh(z_c), z_c = success_c standardised over
+#   the columns. Counted in forward, summed over processes, applied once an optimiser step by hooks on the optimiser.
+# Cost: a copy of the columns' weights during the step. After Hawkins & Ahmad 2016 (HTM), where active cells that
+# predicted right are reinforced; the rule here is ours. Activity is measured on what goes into each c_proj.
+
+HTM_GROUP = 64  # hidden units of an MLP that make one column
 
 
-class Join(torch.autograd.Function):
-    """h (B, T, C), unchanged; its error e goes to h as it is, and to tap l as e B[l], or as e where B is None."""
-
-    @staticmethod
-    def forward(h, B, *taps):
-        return h.view_as(h)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, B, *taps = inputs
-        ctx.save_for_backward(B)
-        ctx.n_taps = len(taps)
-
-    @staticmethod
-    def backward(ctx, e):
-        (B,) = ctx.saved_tensors
-        return e, None, *((e @ B[l].to(e.dtype) if B is not None else e) for l in range(ctx.n_taps))
-
-
-class DirectFeedback(nn.Module):
-    """The taps of a model and their feedback, (taps, C, C), saved; None for the "skip" control."""
-
-    def __init__(self, config):
+class ColumnMeta(nn.Module):
+    def __init__(self, config, blocks):
         super().__init__()
-        self.exact = False
-        self.in_sublayers = config.dfa_granularity == "sublayer"
-        self.n_taps = config.n_layer * (2 if self.in_sublayers else 1) - 1
-        feedback = None
-        if config.dfa_feedback == "matrix":
-            shape, generator = (self.n_taps, config.n_embd, config.n_embd), torch.Generator("cpu")
-            generator.manual_seed(config.frozen_seed)
-            feedback = 2 * torch.rand(shape, generator=generator, device="cpu") - 1
-            feedback /= math.sqrt(config.n_embd)
-        self.register_buffer("feedback", feedback)
+        self.strength, self.decay, self.target = (
+            config.htm_meta_strength, config.htm_meta_decay, config.htm_meta_target,
+        )  # fmt: skip
+        heads, groups = config.n_head, 4 * config.n_embd // HTM_GROUP
+        self.sizes = [heads, groups] * config.n_layer
+        self.register_buffer("success", torch.full((sum(self.sizes),), 0.5))
+        self.register_buffer("mean_loss", torch.tensor(math.log(config.vocab_size)))
+        self.register_buffer("counted", torch.zeros(2, sum(self.sizes) + 1))  # sums over tokens: good, all; last: loss
+        self.activity = [None] * len(self.sizes)  # (B, T, columns) of each sublayer in the last training forward
+        for layer, block in enumerate(blocks):
+            block.attn.c_proj.register_forward_pre_hook(partial(self.watch_heads, 2 * layer))
+            block.mlp.c_proj.register_forward_pre_hook(partial(self.watch_groups, 2 * layer + 1))
 
+    def watch_heads(self, sublayer, c_proj, inputs):
+        """Keep how active each attention head was, by token: the norm of its part of c_proj's input (B, T, C)."""
+        if self.training:
+            y = inputs[0].detach().float()
+            self.activity[sublayer] = y.unflatten(-1, (self.sizes[sublayer], -1)).norm(dim=-1)
 
-def cut_into(taps):
-    """A function that keeps the stream x in the list `taps` and returns it without its past."""
+    def watch_groups(self, sublayer, c_proj, inputs):
+        """Keep how active each group of hidden units was, by token: the mean magnitude of c_proj's input (B, T, 4C)."""
+        if self.training:
+            self.activity[sublayer] = inputs[0].detach().float().abs().unflatten(-1, (-1, HTM_GROUP)).mean(-1)
 
-    def tap(x):
-        taps.append(x)
-        return x.detach()
-
-    return tap
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# GrAPE: feedback learns the Jacobian J that it stands for, without W^T. Every fa_grape_every optimiser steps, random
-# probes p give M = mean (J p) p^T, whose expectation is J, and B takes one gradient step on 1 - cos(B, M), its columns
-# keeping their norms. fa: J p = W p. dfa: J maps tap to final hidden state of the same token, by one forward-mode pass
-# for all taps at once (their probes are independent) over up to n_probe of the step's sequences.
-# Cost of a dfa probe: about three forwards of n_probe sequences. Caillon et al. 2026, openreview kasbbmwk3s; the mean
-# over probes and the step in units of |B| are ours.
-
-
-def turn_towards(B, M, rate):
-    """One step down 1 - cos(B, M), rate in units of |B|, in place; zeros of B stay, columns keep their norms."""
-    norms = B.norm(dim=0)
-    M = M * (B != 0)
-    B_hat, M_hat = B / B.norm().clamp(min=1e-12), M / M.norm().clamp(min=1e-12)
-    turned = B_hat + rate * (M_hat - (B_hat * M_hat).sum() * B_hat)
-    B.copy_(turned * (norms / turned.norm(dim=0).clamp(min=1e-12)))
-
-
-class Grape(nn.Module):
-    """GrAPE's clock and probes, and the steps of true backpropagation that fa_calibrate_every asks for.
-
-    Acts once an optimiser step, through hooks. Probes come from a generator seeded by the step, and the sequences from
-    a hash, so that every process draws the same and any split of a batch gives the same feedback.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.every = config.fa_grape_every if config.fa_grape else 0
-        self.calibrate_every, self.rate = config.fa_calibrate_every, config.fa_grape_lr
-        self.n_probe, self.seed, self.step = config.fa_grape_n_probe, config.frozen_seed, 0
-        self.is_listening = False
-        if self.every and config.method == "dfa":
-            generator = torch.Generator("cpu").manual_seed(self.seed)
-            factors = torch.randint(1, 2**31, (config.block_size,), generator=generator, device="cpu")
-            self.register_buffer("factors", factors, persistent=False)  # of the hash
-            heard = torch.full((self.n_probe, config.block_size), -1, device="cpu")
-            self.register_buffer("heard", heard, persistent=False)  # tokens; a row of -1 is free
-            self.is_listening = True
-
-    def get_extra_state(self):
-        return torch.tensor(self.step)
-
-    def set_extra_state(self, state):
-        self.step = int(state)
-
-    def chosen(self, rows):
-        """The n_probe of rows (n, block_size) with the largest hash: from parts' choices follows that of the whole."""
-        score = torch.where(rows[:, 0] < 0, -1, (rows * self.factors).sum(1) % (2**31 - 1))
-        return rows[score.topk(self.n_probe).indices]
+    def begin(self, run):
+        if run.training and run.targets is not None:
+            run.on_token_loss = self.observe
 
     @torch.no_grad()
-    def observe(self, idx):
-        """Keep some of the sequences idx (B, T) for the next probe."""
-        idx = idx[:, : self.heard.size(1)]
-        idx = F.pad(idx, (0, self.heard.size(1) - idx.size(1)))
-        self.heard.copy_(self.chosen(torch.cat((self.heard, idx))))
+    def observe(self, token_loss, targets):
+        """Count a micro-batch, whose activity the hooks kept: token_loss and targets (B T,), -1 without a target."""
+        activity, known = torch.cat(self.activity, -1).flatten(0, -2), targets != -1
+        good = (token_loss < self.mean_loss) & known
+        weighted = activity * known[:, None]
+        good = torch.cat(((weighted * good[:, None]).sum(0), (token_loss * known).sum()[None]))
+        self.counted += torch.stack((good, torch.cat((weighted.sum(0), known.sum()[None]))))
+
+    @torch.no_grad()
+    def apply_counts(self):
+        """Move the running means by what all processes counted since the last step."""
+        all_reduce(self.counted)
+        fresh = self.counted[0] / self.counted[1].clamp(min=1e-12)
+        fresh = torch.where(self.counted[1] > 0, fresh, torch.cat((self.success, self.mean_loss[None])))
+        self.success.lerp_(fresh[:-1], 1 - self.decay)
+        self.mean_loss.lerp_(fresh[-1], 1 - self.decay)
+        self.counted.zero_()
+
+    def multipliers(self):
+        """Each column's factor in [1 - strength, 1 + strength], one tensor per sublayer, attention and MLP in turn."""
+        z = (self.success - self.success.mean()) / self.success.std().clamp(min=1e-4)
+        factor = 1 + self.strength * torch.tanh(z)
+        return factor.split(self.sizes)
 
     def attach(self, optimizer, model):
-        """Align feedback before, and count after, each step of `optimizer`."""
+        """Scale, from now on, what `optimizer` does to the columns of the model's blocks."""
+        before = {}
 
-        def is_due():
-            return self.every > 0 and self.step % self.every == 0
-
-        def prepare():
-            self.is_listening = is_due() and model.dfa is not None
-            set_exact(model, self.calibrate_every > 0 and (self.step + 1) % self.calibrate_every == 0)
+        def scaled():
+            """(parameter, factors that broadcast to it) of everything that belongs to a column."""
+            factors = iter(self.multipliers())
+            for block in model.transformer.h:
+                for linear, back, copies in (
+                    (block.attn.c_attn, block.attn.c_proj, 3),
+                    (block.mlp.c_fc, block.mlp.c_proj, 1),
+                ):
+                    factor = next(factors)
+                    rows = factor.repeat_interleave(linear.out_features // copies // len(factor)).repeat(copies)
+                    yield linear.weight, rows[:, None]
+                    if linear.bias is not None:
+                        yield linear.bias, rows
+                    yield back.weight, rows[: back.in_features]
 
         @torch.no_grad()
         def pre(optimizer, args, kwargs):
-            if is_due():
-                generator = torch.Generator("cpu").manual_seed(self.seed + 1 + self.step)
-                (self.align_taps if model.dfa is not None else self.align_layers)(model, generator)
+            self.apply_counts()
+            if self.target == "lr":
+                before.update((p, p.clone()) for p, _ in scaled())
+                return
+            for p, factor in scaled():
+                if "exp_avg" in optimizer.state[p]:  # beta1 times the factor stays below 1: a moment must fade
+                    beta1 = optimizer.param_groups[0]["betas"][0]
+                    optimizer.state[p]["exp_avg"] *= factor.clamp(max=0.999 / beta1)
 
+        @torch.no_grad()
         def post(optimizer, args, kwargs):
-            self.step += 1
-            prepare()
+            for p, factor in scaled() if self.target == "lr" else ():
+                p.copy_(before.pop(p).lerp(p, factor.expand_as(p)))
 
-        prepare()
         optimizer.register_step_pre_hook(pre)
         optimizer.register_step_post_hook(post)
 
-    def align_layers(self, model, generator):
-        for layer in (m for m in model.modules() if isinstance(m, LocalLinear) and m.method == "fa"):
-            p = torch.randn(layer.in_features, self.n_probe, generator=generator, device="cpu").to(layer.weight)
-            turn_towards(layer.feedback, (layer.weight @ p) @ p.T, self.rate)
-
-    def align_taps(self, model, generator):
-        tokens = self.heard
-        if has_processes():
-            parts = [torch.empty_like(tokens) for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather(parts, tokens)
-            tokens = self.chosen(torch.cat(parts))
-        tokens = tokens[tokens[:, 0] >= 0, : model.config.block_size]  # a copy: now heard is free again
-        self.heard.fill_(-1)
-        for B, M in zip(model.dfa.feedback, tap_jacobians(model, tokens, generator) if len(tokens) else ()):
-            turn_towards(B, M, self.rate)
-
-
-def tap_jacobians(model, tokens, generator):
-    """Estimates of sum over tokens (B, T) of d hidden_t / d tap_lt, (C, C) for each tap, up to one common factor."""
-    B, T, C = *tokens.shape, model.config.n_embd
-    weight = model.lm_head.weight
-    probes = [torch.randn(B, T, C, generator=generator, device="cpu").to(weight) for _ in range(model.dfa.n_taps)]
-    training = model.training
-    model.eval()
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
-        nudges = tuple(torch.zeros_like(p) for p in probes)
-        _, Jp = torch.func.jvp(lambda *nudges: model.nudged(tokens, nudges), nudges, tuple(probes))
-    model.train(training)
-    return [Jp.flatten(0, 1).T @ p.flatten(0, 1) for p in probes]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What local learning is measured by: the angle between W and what the error passes instead (degrees), and, on one probe
-# batch, the cosine between each weight's local gradient and the true one; a layer descends where that is positive.
-
-
-def cosine(a, b):
-    return F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
-
-
-def feedback_angles(model):
-    """{layer: degrees between W and its feedback} of every layer whose errors go through something else."""
-    local = {n: m for n, m in model.named_modules() if isinstance(m, LocalLinear) and m.method in ("fa", "sign_sym")}
-    cosines = {n: cosine(m.error_weight(), m.weight) for n, m in local.items()}
-    return {n: math.degrees(math.acos(max(-1.0, min(1.0, c)))) for n, c in cosines.items()}
-
-
-def gradient_cosines(model, idx, targets):
-    """{layer: cosine between the local gradient of its weight and the true one} on a batch, in evaluation mode."""
-    weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
-    training = model.training
-    model.eval()
-    local = torch.autograd.grad(model(idx, targets)[1], list(weights.values()))
-    with exactly(model):
-        true = torch.autograd.grad(model(idx, targets)[1], list(weights.values()))
-    model.train(training)
-    return {n: cosine(a, b) for n, a, b in zip(weights, local, true)}
-
-
-def alignment(model, idx=None, targets=None):
-    """What a log tells: mean angle, and with a probe batch the mean cosine and the share of layers that descend."""
-    report, angles = {}, feedback_angles(model)
-    if angles:
-        report = {"angle": sum(angles.values()) / len(angles)} | {f"angle/{n}": a for n, a in angles.items()}
-    if idx is not None:
-        cosines = gradient_cosines(model, idx, targets)
-        report["cosine"] = sum(cosines.values()) / len(cosines)
-        report["descends"] = sum(c > 0 for c in cosines.values()) / len(cosines)
-        report |= {f"cosine/{n}": c for n, c in cosines.items()}
-    return report
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Block and GPT.
-
-
-class Block(nn.Module):
-    def __init__(self, config, layer):
-        super().__init__()
-        self.ln_1 = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
-        mixer = config.mixer(layer)
-        self.attn = {"fhn": FHNAttention, "kaufmann": KaufmannAttention}.get(mixer, CausalSelfAttention)(config, layer)
-        self.feedback = None
-        if config.use_region_feedback:
-            self.feedback = RegionFeedback(config, Cells(config, layer) if mixer == "fhn" else self.attn.cells)
-        self.ln_2 = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
-        others = {WaveKAN: config.use_kan, SwiGLU: config.use_swiglu, BioMLP: config.use_bio_mlp}
-        self.mlp = next((mixer for mixer, is_on in others.items() if is_on), MLP)(config)
-        self.wire_1 = wiring(config, layer, 0)
-        self.wire_f = wiring(config, layer, 1) if config.use_region_feedback else None
-        self.wire_2 = wiring(config, layer, 2 if config.use_region_feedback else 1)
-
-    def forward(self, x, state=None, spectrum=None, tap=None):
-        """x after all sublayers, (B, T, C) or streams (B, T, n, C); `tap`, if given, is called before the last."""
-        x = self.wire_1(x, lambda h: self.attn(self.ln_1(h), state, spectrum))
-        if self.feedback is not None:
-            x = self.wire_f(x, lambda h: self.feedback(h, state))
-        if tap is not None:
-            x = tap(x)
-        return self.wire_2(x, lambda h: self.mlp(self.ln_2(h), state))
-
-
-class GPT(nn.Module):
-    """The model. `losses` holds the last forward's loss components by name, detached (0-d tensors, nats)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.losses = {}
-        parts = {"wte": SDREmbedding(config) if config.use_sdr else nn.Embedding(config.vocab_size, config.n_embd)}
-        if config.pos_embedding == "learned":
-            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
-        if config.pos_embedding == "ramanujan":
-            parts["positions"] = RamanujanPositions(config)
-        parts["drop"] = nn.Dropout(config.dropout)
-        parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        parts["ln_f"] = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
-        self.transformer = nn.ModuleDict(parts)
-        is_computed = config.use_sdr and config.tie_weights  # the head's matrix is then no parameter
-        self.lm_head = None if is_computed else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights and not config.use_sdr:
-            self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
-        self.manifold = ManifoldProjection(config) if config.use_manifold else None
-        self.spectral = SpectralDecomposition(config) if config.has_spectrum else None
-        self.mla = LayerAggregation(config) if config.use_mla else None
-        self.mfs = MFSHead(config) if config.use_mfs_head else None
-        self.ae = SlidingWindowAE(config) if config.add_l4_losses else None
-        self.slate = None
-        if config.has_region_slate:
-            cells = [b.attn.cells for b in self.transformer.h if hasattr(b.attn, "cells")]
-            self.slate = RegionSlate(config, cells[-1] if cells else Cells(config, config.n_layer - 1))
-        elif config.add_l4_losses:
-            self.slate = Slate(config)
-        self.htm = ColumnMeta(config) if config.htm_meta_strength else None
-        self.dfa = DirectFeedback(config) if config.method == "dfa" else None
-        self.grape = Grape(config) if config.fa_grape or config.fa_calibrate_every else None
-        self.limits = residual_limits(config)
-        if config.method != "bp":
-            localise(self, config)
-        self.apply(self._init_weights)
-        for module in self.modules():
-            if hasattr(module, "init_own"):
-                module.init_own()
-        for block in self.transformer.h[: config.freeze_blocks]:
-            block.requires_grad_(False)
-        for table in ("wte", "wpe") if config.freeze_emb else ():
-            if table in parts:
-                parts[table].requires_grad_(False)
-        for name, p in self.named_parameters():
-            if name.endswith(("c_proj.weight", "o_proj.weight")):  # 2 n_layer of these add up in the residual stream
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-
-    @staticmethod
-    def _init_weights(module):
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-    @property
-    def max_positions(self):
-        """How many tokens the model can place: block_size, or None where nothing is laid out for so many."""
-        placed = self.config.pos_embedding != "none" or self.config.has_cells
-        return self.config.block_size if placed else None
-
-    def forward(self, idx, targets=None, state=None):
-        """Logits and loss of a batch of tokens.
-
-        idx (B, T) int64; targets (B, T) int64 with -1 where there is nothing to predict; state: a DecodingState that
-        holds the tokens before idx, and is advanced over them. Returns logits (B, T, V) and the loss, a 0-d tensor in
-        nats a token; without targets the logits of the last position, (B, 1, V), and None; in training with loss_chunk
-        the last position's logits and the loss. ValueError for more tokens than the model has positions.
-        """
-        T, past = idx.size(1), 0 if state is None else state.pos
-        if self.max_positions is not None and past + T > self.max_positions:
-            raise ValueError(f"{past + T} tokens, but block_size is {self.max_positions}")
-        if self.grape is not None and self.grape.is_listening and self.training:
-            self.grape.observe(idx)
-        is_cut, taps = self.dfa is not None and not self.dfa.exact and targets is not None, []
-        x, hiddens, bent, words = self.run_blocks(idx, state, cut_into(taps) if is_cut else None)
-        if is_cut and self.dfa.feedback is None:  # the control: what the stream itself brings back to each tap
-            x = Join.apply(x, None, *taps)
-        chunked = targets is not None and self.training and self.config.loss_chunk > 0
-        last_only = slice(-1, None) if targets is None or chunked else slice(None)
-        if self.mfs is None and self.slate is None and not chunked:
-            x = x[:, last_only]  # nothing else is read
-        h, weight = self.transformer.ln_f(x), words if self.lm_head is None else self.lm_head.weight
-        if is_cut and self.dfa.feedback is not None:
-            h = Join.apply(h, self.dfa.feedback, *taps)
-        slate = self.summary(h, idx, weight, state) if self.needs_slate(targets) else None
-        if self.mfs is not None:
-            mixture = self.mfs.mixture(hiddens, h, slate if self.config.has_region_slate else None, state)
-            logits = self.mfs.log_probs(*(part[:, last_only] for part in mixture), weight)
-        else:
-            logits = F.linear(h[:, last_only], weight) if self.lm_head is None else self.lm_head(h[:, last_only])
-        if state is not None:
-            state.pos += T
-        if targets is None:
-            return logits, None
-        hidden = (h, *mixture) if self.mfs is not None else (h,)
-        loss, token_loss = self.loss(logits, targets, hidden, weight, chunked)
-        self.losses = {"lm": loss.detach()}
-        if self.htm is not None and self.training:
-            activity = torch.cat([a for b in self.transformer.h for a in (b.attn.activity, b.mlp.activity)], -1)
-            self.htm.observe(activity.flatten(0, 1), token_loss.flatten(), targets.flatten() != -1)
-        if bent is not None:
-            self.losses["geodesic"] = bent.detach()
-            loss = loss + self.config.geodesic_weight * bent
-        if self.ae is not None and self.training:
-            reconstruction, ahead = self.ae(h, slate, targets, weight)
-            self.losses |= {"l4_reconstruction": reconstruction.detach(), "l4_next": ahead.detach()}
-            loss = loss + self.config.l4_loss_weight * (reconstruction + ahead)
-        return logits, loss
-
-    def run_blocks(self, idx, state=None, tap=None):
-        """(stream (B, T, C) after all blocks, the top layers' for the mixture, the bend of the manifold's path or None,
-        the output embedding (V, C) where it is computed, or None).
-
-        `tap` is called where dfa cuts, and returns what goes on.
-        """
-        past = 0 if state is None else state.pos
-        words = None
-        if self.config.use_sdr:
-            x, words = self.transformer.wte(idx, state)  # (B, T, C), (V, C)
-        else:
-            x = self.transformer.wte(idx)  # (B, T, C)
-        if self.config.pos_embedding == "learned":
-            x = x + self.transformer.wpe.weight[past : past + idx.size(1)]
-        if self.config.pos_embedding == "ramanujan":
-            x = x + self.transformer.positions(idx.size(1), past)
-        x, hiddens, spectrum, bent = self.transformer.drop(x), [], None, None
-        if self.manifold is not None:
-            moved, point, bent = self.manifold(x)
-            x = x + moved
-            spectrum = self.spectral(point) if self.spectral is not None else None
-        outputs = [x]
-        if self.config.use_mhc:
-            x = x[:, :, None].repeat(1, 1, self.config.mhc_streams, 1)  # (B, T, n, C)
-        for n, block in enumerate(self.transformer.h, 1):
-            x = block(x, state, spectrum, tap if tap is not None and self.dfa.in_sublayers else None)
-            if self.limits is not None:
-                x = self.limits(x)
-            if tap is not None and n < self.config.n_layer:
-                x = tap(x)
-            if self.mla is not None:
-                x = self.mla(x, outputs)
-            if self.mfs is not None:
-                hiddens = [*hiddens, stream_mean(x)][-self.config.mfs_layers :]
-        x = stream_mean(x)
-        return x, hiddens, bent, words
-
-    def nudged(self, idx, nudges):
-        """The final hidden state (B, T, C) with nudges[l] (B, T, C) added at tap l, for GrAPE's probes."""
-        nudge = iter(nudges)
-        return self.transformer.ln_f(self.run_blocks(idx, tap=lambda x: x + next(nudge))[0])
-
-    def loss(self, logits, targets, hidden, weight, chunked):
-        """(mean loss, each token's where HTM asks), from logits or, chunked, from (h,) or (h, facets, log prior)."""
-        if chunked and self.mfs is not None:
-            return self.mfs.loss(*hidden[1:], weight, targets)
-        if chunked:
-            return chunked_cross_entropy(*hidden, weight, targets, self.config.loss_chunk, per_token=True)
-        flat, targets = logits.view(-1, logits.size(-1)), targets.reshape(-1)  # log-probabilities are their own softmax
-        each = None
-        if self.htm is not None and self.training:
-            each = F.cross_entropy(flat.detach(), targets, ignore_index=-1, reduction="none")
-        return F.cross_entropy(flat, targets, ignore_index=-1), each
-
-    def needs_slate(self, targets):
-        """Whether something reads it: the mixture does with regions, the auto-encoder in training."""
-        in_head = self.mfs is not None and self.config.has_region_slate
-        return in_head or (self.ae is not None and self.training and targets is not None)
-
-    def summary(self, h, idx, weight, state):
-        """The slate (B, T, C) of hidden states h (B, T, C)."""
-        slate = self.slate(h, state)
-        if self.config.region_slate_include_error:
-            slate = self.slate.with_error(slate, self.ae.error(h, slate, idx, weight, state))
-        return slate
-
-    @property
-    def returns_log_probs(self):
-        """Whether forward's logits are log-probabilities; either way their softmax is the distribution."""
-        return self.mfs is not None
-
-    def measures(self):
-        """What modules measured of themselves in the last forward, by name, averaged over them: 0-d tensors."""
-        found = {}
-        for module in (m for m in self.modules() if hasattr(m, "measured")):
-            for name, value in module.measured.items():
-                found.setdefault(name, []).append(value)
-        if any(m.last_res is not None for m in self.modules() if isinstance(m, HyperConnections)):
-            found["composite_gain"] = [composite_gain(self)]
-        return {name: torch.stack(values).mean() for name, values in found.items()}
-
-    def get_avg_sparsity(self):
-        """Mean share of silent units over the layers of sparse events in the last forward, 0-d; None without any."""
-        return self.measures().get("sparsity")
-
-    # Text -----------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
-               repetition_window=None, use_cache=True, generator=None):  # fmt: skip
-        """Yield one new token a sequence at a time, (B, 1) int64, after the prompts idx (B, T); see `generate`."""
-        if idx.dim() != 2 or idx.size(1) == 0:
-            raise ValueError(f"the prompt must be (B, T) with T >= 1, not {tuple(idx.shape)}")
-        check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, repetition_window)
-        training, limit = self.training, self.max_positions
-        state = DecodingState() if use_cache else None
-        self.eval()
-        try:
-            for _ in range(max_new_tokens):
-                if state is None or (limit is not None and idx.size(1) > limit):
-                    logits, _ = self(idx if limit is None else idx[:, -limit:])  # a learned position table: slide
-                else:
-                    logits, _ = self(idx[:, state.pos :], state=state)
-                new = next_token(logits[:, -1].float(), idx, temperature, top_k, top_p, min_p, repetition_penalty,
-                                 repetition_window, generator)  # fmt: skip
-                idx = torch.cat((idx, new), dim=1)
-                yield new
-        finally:
-            self.train(training)
-
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
-                 use_cache=True, generator=None, repetition_window=None):  # fmt: skip
-        """The prompts idx (B, T) int64 followed by max_new_tokens sampled tokens: (B, T + max_new_tokens).
-
-        temperature 0 is greedy. top_k, top_p and min_p cut the tail, in that order. repetition_penalty r divides a seen
-        token's logit by r if it is positive and multiplies it if negative, before the temperature; repetition_window
-        limits "seen" to the last so many tokens. use_cache=False recomputes everything for each token, with the same
-        result. Beyond block_size a model with learned positions slides its window, others go on from their state.
-        ValueError for settings out of range.
-        """
-        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, repetition_window,
-                          use_cache, generator)  # fmt: skip
-        return torch.cat((idx, *new), dim=1)
-
-    # Training -------------------------------------------------------------------------------------------------------
-
-    def num_params(self, non_embedding=True):
-        """Number of parameters, position table left out by default as in nanoGPT (token embeddings serve the head)."""
-        n = sum(p.numel() for p in self.parameters())
-        if non_embedding and self.config.pos_embedding == "learned":
-            n -= self.transformer.wpe.weight.numel()
-        if non_embedding and not self.config.tie_weights and not self.config.use_sdr:
-            n -= self.transformer.wte.weight.numel()
-        return n
-
-    def flops_per_token(self, T=None):
-        """Training FLOPs a token at context T (default block_size): forward, and twice that backward.
-
-        2 a weight of every linear layer, plus what each module says of itself in its own `flops_per_token`.
-        """
-        T = T or self.config.block_size
-        linear = sum(2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        own = sum(m.flops_per_token(T) for m in self.modules() if m is not self and hasattr(m, "flops_per_token"))
-        return 3 * (linear + own)
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW, fused where PyTorch has it. Matrices decay; vectors and scalars (norms, biases, gains) do not."""
-        params = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        fused = device_type in ("cpu", "cuda", "mps")
-        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
-        if self.htm is not None:
-            self.htm.attach(optimizer, self.transformer.h)
-        if self.grape is not None:
-            self.grape.attach(optimizer, self)
-        for m in (m for m in self.modules() if hasattr(m, "before_step")):  # what was counted is applied once a step
-            optimizer.register_step_pre_hook(lambda *_, apply=m.before_step: apply())
-        return optimizer
-
-    def crop_block_size(self, block_size):
-        """Shorten the context, e.g. of a pre-trained model. ValueError if it would have to grow."""
-        if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"block_size={block_size}: must be 1 to {self.config.block_size}, it can only shrink")
-        self.config.block_size = block_size
-        if self.config.pos_embedding == "learned":
-            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
-        if self.config.pos_embedding == "ramanujan":
-            self.transformer.positions.crop(block_size)
-        for module in self.modules():
-            if isinstance(module, Cells):
-                module.crop(block_size)
-            if isinstance(module, CausalSelfAttention):
-                module.block_size = block_size
-
-    # Checkpoints and Hugging Face -----------------------------------------------------------------------------------
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint, **overrides):
-        """The model in a dict from `load_checkpoint`, nanoGPT's included; overrides replace config fields (dropout).
-
-        CheckpointError if its flags or tensors are not this version's.
-        """
-        args = checkpoint["model_args"] | overrides
-        unknown = sorted(args.keys() - {f.name for f in fields(GPTConfig)})
-        if unknown:
-            raise CheckpointError(f"the checkpoint has flags this version does not know: {', '.join(unknown)}")
-        try:
-            model = cls(GPTConfig(**args))
-            model.load_state_dict(model.own_projections(checkpoint["model"]))
-        except (ValueError, TypeError, RuntimeError) as e:
-            raise CheckpointError(f"the checkpoint does not fit its own flags: {e}") from e
-        return model
-
-    @classmethod
-    def from_pretrained(cls, name_or_dir, **overrides):
-        """GPT-2 weights: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a local Hugging Face directory.
-
-        overrides replace config fields (dropout). Needs `transformers`. ValueError for anything that is not plain
-        GPT-2, OSError if it cannot be read or downloaded.
-        """
-        from transformers import GPT2LMHeadModel
-
-        if name_or_dir not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not Path(name_or_dir).is_dir():
-            raise ValueError(f"{name_or_dir}: neither gpt2, gpt2-medium, gpt2-large, gpt2-xl nor a directory")
-        from safetensors import SafetensorError
-
-        try:
-            hf, found = GPT2LMHeadModel.from_pretrained(name_or_dir, output_loading_info=True)
-        except (SafetensorError, RuntimeError) as e:
-            raise ValueError(f"{name_or_dir}: its weights are damaged or of other shapes: {e}") from e
-        if found["missing_keys"] or found["unexpected_keys"]:  # transformers would fill or drop them without a word
-            raise ValueError(f"{name_or_dir}: its tensors do not match its config.json: {found}")
-        c = hf.config
-        plain = {"model_type": "gpt2", "n_inner": (None, 4 * c.n_embd), "layer_norm_epsilon": 1e-5}
-        plain |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-        plain |= {"add_cross_attention": False, "activation_function": tuple(HF_ACTIVATIONS.values())}
-        for key, want in plain.items():
-            value = getattr(c, key)
-            if value not in want if isinstance(want, tuple) else value != want:
-                raise ValueError(f"{name_or_dir}: {key}={value!r} is not plain GPT-2 ({want!r})")
-        act = next(ours for ours, theirs in HF_ACTIVATIONS.items() if theirs == c.activation_function)
-        args = {"block_size": c.n_positions, "vocab_size": c.vocab_size, "mlp_act": act}
-        args |= {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
-        model = cls(GPTConfig(**args | overrides))
-        model.load_state_dict(model.own_projections(transpose_conv1d(hf.state_dict())))
-        return model
-
-    def own_projections(self, weights):
-        """A state dict with c_attn split where this model has q_proj, k_proj and v_proj; feedback stays the model's."""
-        if self.config.method == "bp" or not any(name.endswith("attn.c_attn.weight") for name in weights):
-            return weights
-        own = {name: t for name, t in self.state_dict().items() if name.endswith("feedback")}
-        return own | split_c_attn(weights)
-
-    def export_hf(self, directory):
-        """Write a plain GPT-2 Hugging Face directory (config.json and safetensors); needs `transformers`.
-
-        ValueError if a flag is on that GPT-2 does not have. Missing biases are written as zeros.
-        """
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        c = self.config
-        shared = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "mlp_act", "loss_chunk")
-        plain = GPTConfig(**{name: getattr(c, name) for name in shared})
-        flags = [f.name for f in fields(c) if getattr(c, f.name) != getattr(plain, f.name)]
-        if flags:
-            raise ValueError(f"GPT-2 has no {', '.join(flags)}: only a plain model can be exported")
-        hf = GPT2LMHeadModel(GPT2Config(
-            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-            activation_function=HF_ACTIVATIONS[c.mlp_act], bos_token_id=None, eos_token_id=None,
-            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-        ))  # fmt: skip
-        zeros = {k: torch.zeros_like(v) for k, v in hf.state_dict().items() if k.endswith(".bias")}
-        hf.load_state_dict(zeros | transpose_conv1d(self.state_dict()))
-        hf.save_pretrained(directory)
+# Choosing the next token from its logits.
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, repetition_window):
@@ -3707,13 +3548,71 @@ def next_token(logits, idx, temperature, top_k, top_p, min_p, repetition_penalty
     return torch.multinomial(probs, 1, generator=generator)
 
 
-# OpenAI's GPT-2 keeps its linear maps as Conv1D, (in, out): these four are transposed on the way in and out.
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2 as Hugging Face keeps it. OpenAI's linear maps are Conv1D, (in, out): four are transposed on the way in and out.
+
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu2": "relu2"}
 
 
 def transpose_conv1d(weights):
     return {k: v.t() if k.endswith(CONV1D) else v for k, v in weights.items()}
+
+
+def read_gpt2(name_or_dir):
+    """(arguments of GPTConfig, state dict) of a GPT-2; needs `transformers`.
+
+    name_or_dir: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a local Hugging Face directory. ValueError for
+    anything that is not plain GPT-2, OSError if it cannot be read or downloaded.
+    """
+    from transformers import GPT2LMHeadModel
+
+    if name_or_dir not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not Path(name_or_dir).is_dir():
+        raise ValueError(f"{name_or_dir}: neither gpt2, gpt2-medium, gpt2-large, gpt2-xl nor a directory")
+    from safetensors import SafetensorError
+
+    try:
+        hf, found = GPT2LMHeadModel.from_pretrained(name_or_dir, output_loading_info=True)
+    except (SafetensorError, RuntimeError) as e:
+        raise ValueError(f"{name_or_dir}: its weights are damaged or of other shapes: {e}") from e
+    if found["missing_keys"] or found["unexpected_keys"]:  # transformers would fill or drop them without a word
+        raise ValueError(f"{name_or_dir}: its tensors do not match its config.json: {found}")
+    c = hf.config
+    plain = {"model_type": "gpt2", "n_inner": (None, 4 * c.n_embd), "layer_norm_epsilon": 1e-5}
+    plain |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+    plain |= {"add_cross_attention": False, "activation_function": tuple(HF_ACTIVATIONS.values())}
+    for key, want in plain.items():
+        value = getattr(c, key)
+        if value not in want if isinstance(want, tuple) else value != want:
+            raise ValueError(f"{name_or_dir}: {key}={value!r} is not plain GPT-2 ({want!r})")
+    act = next(ours for ours, theirs in HF_ACTIVATIONS.items() if theirs == c.activation_function)
+    args = {"block_size": c.n_positions, "vocab_size": c.vocab_size, "mlp_act": act}
+    args |= {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
+    return args, transpose_conv1d(hf.state_dict())
+
+
+def write_gpt2(model, directory):
+    """Write a plain GPT-2 Hugging Face directory (config.json and safetensors); needs `transformers`.
+
+    ValueError if a flag is on that GPT-2 does not have. Missing biases are written as zeros.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    shared = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "loss_chunk")
+    plain = GPTConfig(**{name: getattr(c, name) for name in shared})
+    flags = [f.name for f in fields(c) if f.name != "mlp_act" and getattr(c, f.name) != getattr(plain, f.name)]
+    flags += [] if c.mlp_act in HF_ACTIVATIONS else [f"mlp_act={c.mlp_act}"]
+    if flags:
+        raise ValueError(f"GPT-2 has no {', '.join(flags)}: only a plain model can be exported")
+    hf = GPT2LMHeadModel(GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        activation_function=HF_ACTIVATIONS[c.mlp_act], bos_token_id=None, eos_token_id=None,
+        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+    ))  # fmt: skip
+    zeros = {k: torch.zeros_like(v) for k, v in hf.state_dict().items() if k.endswith(".bias")}
+    hf.load_state_dict(zeros | transpose_conv1d(model.state_dict()))
+    hf.save_pretrained(directory)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3795,3 +3694,11 @@ def load_checkpoint(path, map_location="cpu"):
     weights = {k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
     checkpoint["model"] = {k: v for k, v in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
     return checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names that others import from here, though the model itself does not use them.
+
+E7_STAGES, e7_roots, e7_representation, e7_coset = e7.STAGES, e7.e7_roots, e7.e7_representation, e7.e7_coset
+linking_number, gauss_linking_integral = knots.linking_number, knots.gauss_linking_integral
+ramanujan_sum, PRIME_POWERS = ramanujan.ramanujan_sum, ramanujan.PRIME_POWERS

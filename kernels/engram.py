@@ -169,3 +169,65 @@ def context_winners(
 @context_winners.register_fake
 def _(keys, decay, field, strongest):
     return keys.new_empty(*keys.shape[:2], decay.size(0), keys.size(2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algebra of sets of bits.
+
+
+class SDROperations:
+    """Sets of active bits, as index tensors (.., k) int64 without repeats, or packed, (.., ceil(n / 64)) int64."""
+
+    winners = staticmethod(k_winners)
+    pack = staticmethod(pack)
+    unpack = staticmethod(unpack)
+    intersection = staticmethod(intersect)
+
+    @staticmethod
+    def dense(active, n, dtype=torch.float32):
+        """(.., n) of zeros and ones."""
+        return torch.zeros(*active.shape[:-1], n, dtype=dtype, device=active.device).scatter_(-1, active, 1)
+
+    @staticmethod
+    def union(active, n):
+        """Packed union of the sets (.., m, k), (.., ceil(n / 64))."""
+        return pack_bool(SDROperations.dense(active, n, torch.bool).any(-2))
+
+    @staticmethod
+    def threshold(x, least):
+        """Packed set of the bits of x (.., n) that are at least `least`."""
+        return pack_bool(x >= least)
+
+    @staticmethod
+    def count(words):
+        """How many bits of packed sets (.., W) are on, (..)."""
+        return unpack(words, 64 * words.size(-1)).sum(-1)
+
+    @staticmethod
+    def overlap(a, b):
+        """How many bits packed sets a and b share, broadcast."""
+        return SDROperations.count(a & b)
+
+    @staticmethod
+    def hamming(a, b):
+        """How many bits packed sets a and b differ in, broadcast."""
+        return SDROperations.count(a ^ b)
+
+    @staticmethod
+    def subsample(active, m, generator=None):
+        """m of the k active bits of each set (.., k), (.., m)."""
+        order = torch.rand(active.shape, generator=generator, device=active.device)
+        return active.gather(-1, order.topk(m, sorted=False).indices)
+
+    @staticmethod
+    def noise(active, n, m, generator=None):
+        """The sets (.., k) with m of their bits moved to bits that were off."""
+        order = torch.rand(*active.shape[:-1], n, generator=generator, device=active.device).scatter(-1, active, -1.0)
+        kept = SDROperations.subsample(active, active.size(-1) - m, generator)
+        return torch.cat((kept, order.topk(m, sorted=False).indices), -1)
+
+
+def pack_bool(bits):
+    """Packed set (.., ceil(n / 64)) of bits (.., n) bool."""
+    bits = F.pad(bits, (0, -bits.size(-1) % 64)).unflatten(-1, (-1, 64)).long()
+    return (bits << torch.arange(64, device=bits.device)).sum(-1)

@@ -18,11 +18,16 @@ hand: from the last block to the first it recomputes the states from those befor
 scans. A sequence of one block keeps its states instead. On CUDA the operators call fhn_triton.py.
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
 from kernels.fhn_rest import REST_V, REST_W
-from kernels.scan import Scans, Stage, block_length, blocks, sum_dtype
+from kernels.scan import Scans, Stage, block_length, blocks, gated_scan, sum_dtype
+
+FHN = {"a": 0.7, "b": 0.8, "eps": 0.08, "amplitude": 4.0}  # FitzHugh's own; the amplitude is ours (docs/log.md)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference.
@@ -363,3 +368,73 @@ def fhn_propagate(stimulus, conductance, D, a, b, eps, dt, steps, state=None):
     if T == 1 and not stimulus.is_cuda:
         return one_site(*inputs, dt, steps, state)
     return fhn_op(*inputs, float(dt), steps, None if state is None else state.detach())[:2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The equations by themselves: excitable sites on a line, each coupled to the one before it.
+#   dv_t/dtau = g_t D (v_{t-1} - v_t) + v_t - v_t^3 / 3 - w_t + I_t,  dw_t/dtau = eps (v_t + a - b w_t)
+# IMEX step: r = v + dt (v - v^3 / 3 - w + I); (1 + Lambda_t) v'_t - Lambda_t v'_{t-1} = r_t, Lambda = dt g D, a gated
+# scan along the line; w' = (w + dt eps (v' + a)) / (1 + dt eps b). Explicit step: everything at the old values.
+# Sources: FitzHugh 1961; Nagumo, Arimoto & Yoshizawa 1962.
+
+
+@dataclass
+class FHNDynamics:
+    """The equations and their two solvers. a, b, eps: numbers, or tensors that broadcast to (B, T, C).
+
+    `threshold` puts Nagumo's cubic v (1 - v) (v - threshold), without recovery, in place of the reaction.
+    """
+
+    a: float = FHN["a"]
+    b: float = FHN["b"]
+    eps: float = FHN["eps"]
+    threshold: float | None = None
+
+    def rest(self, I=0.0):
+        """The equilibrium (v, w) under a constant stimulus I, for numbers a, b with b < 1, where there is only one."""
+        low, high = -10.0 - abs(I), 10.0 + abs(I)
+        while high - low > 1e-15 * max(1.0, abs(low)) and low < (v := (low + high) / 2) < high:
+            low, high = (low, v) if v - v**3 / 3 - (v + self.a) / self.b + I < 0 else (v, high)
+        return v, (v + self.a) / self.b
+
+    def jacobian(self, v):
+        """d(dv/dtau, dw/dtau) / d(v, w) at an uncoupled site: (2, 2) float64."""
+        return torch.tensor([[1 - v * v, -1.0], [self.eps, -self.eps * self.b]], dtype=torch.float64)
+
+    def reaction(self, v, w):
+        """dv/dtau of an uncoupled site without stimulus."""
+        if self.threshold is not None:
+            return v * (1 - v) * (v - self.threshold)
+        return v - v**3 / 3 - w
+
+    def step(self, v, w, I, dt, coupling=0.0, before=None, imex=True, two_way=False):
+        """(v, w) after dt. v, w (B, T, C); I and coupling, g D, broadcast; before (B, C): v left of the first site.
+
+        imex: the coupling is implicit, stable for every dt. Otherwise Lambda = dt coupling is cut at 1 and a step
+        carries no further than the next site. two_way (explicit only) couples to the right as well, with no flux at the
+        ends. Without `before` what lies on the left is at rest. ValueError for two_way with imex.
+        """
+        if imex and two_way:
+            raise ValueError("two_way is for the explicit scheme: the implicit one solves along one direction")
+        before = torch.full_like(v[:, 0], REST_V) if before is None else before
+        push = v + dt * (self.reaction(v, w) + I)
+        strength = torch.as_tensor(dt * coupling, dtype=v.dtype, device=v.device).expand_as(v)
+        if imex:
+            A = strength / (1 + strength)
+            new = gated_scan(A, (1 - A) * push, before)
+            recovery = (w + dt * self.eps * (new + self.a)) / (1 + dt * self.eps * self.b)
+            return new, recovery
+        left = torch.cat((before[:, None], v[:, :-1]), 1) - v
+        right = torch.cat((v[:, 1:], v[:, -1:]), 1) - v if two_way else 0.0
+        return push + strength.clamp(max=1) * (left + right), w + dt * self.eps * (v + self.a - self.b * w)
+
+
+def fhn_bound(dt):
+    """(largest |v|, largest |I| + |w|) for which a step of length dt keeps |v| where it is. dt < 2."""
+    return 2 * math.sqrt((1 + dt) / dt), 2 / 3 * (2 - dt) / dt * math.sqrt((1 + dt) / dt)
+
+
+def fhn_eps_limit(dt, steps, a=FHN["a"]):
+    """The eps up to which |w| <= |w_rest| + steps dt eps (|v| + |a|) leaves 2 % of the bound to the stimulus."""
+    v, force = fhn_bound(dt)
+    return (0.98 * force + REST_W) / (steps * dt * (v + abs(a)))

@@ -193,3 +193,26 @@ def strand_links(strands, others=None):
         links.append(half_crossings(a, b, C, D, n))
     links = torch.cat(links).unflatten(0, (B, H))
     return links if others is not None else links * (1 - torch.eye(C, device=links.device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One pair of curves at a time.
+
+
+def linking_number(a, b):
+    """Linking number of two disjoint closed polygons (n, 3) and (m, 3), the closing edge added: an exact int."""
+    return int(linking_numbers(*as_curves(a, b)))
+
+
+def gauss_linking_integral(a, b):
+    """Gauss integral of two open polygonal chains (n, 3) and (m, 3), a float: by the solid angles of their segments."""
+    return float(gauss_linking_integrals(*as_curves(a, b)))
+
+
+def as_curves(*curves):
+    """Curves in float64, refused if they are none."""
+    curves = [torch.as_tensor(x, dtype=torch.float64).detach() for x in curves]
+    for x in curves:
+        if x.dim() != 2 or x.size(1) != 3 or x.size(0) < 1 or not x.isfinite().all():
+            raise ValueError(f"a curve is a finite (n, 3) array of at least one vertex, not {tuple(x.shape)}")
+    return curves

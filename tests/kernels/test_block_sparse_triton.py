@@ -167,8 +167,7 @@ def contracts():
 @interpreted
 def lists():
     """live_tiles against a dense mask: nothing missing, nothing twice, full only where every pair may talk."""
-    from hypothesis import given, settings
-    from hypothesis import strategies as st
+    from hypothesis import given, settings, strategies as st
 
     from kernels.block_sparse_triton import Launch
 

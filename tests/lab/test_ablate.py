@@ -17,8 +17,7 @@ import pytest
 from scipy import stats
 
 from configurator import ConfigError
-from helpers import ROOT
-from helpers import run_here as train_here
+from helpers import ROOT, run_here as train_here
 from lab import ablate
 from lab.ablate import T_975, AblateConfig, Difference, Run, difference, family, find_runs, front
 

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from helpers import ROOT
-from helpers import run_here as train_here
+from helpers import ROOT, run_here as train_here
 from lab import pictures
 
 pytest.importorskip("matplotlib")

@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -258,16 +257,15 @@ def test_one_token_reads_active_rows_only(flags):
     gate = torch.sigmoid(model.events.G(model.dendrites(x[:1, -1:]))).view(-1)
     model.events.threshold = gate.sort().values[len(gate) // 2 - 1 : len(gate) // 2 + 1].mean()  # half are silent
     dense = model(x)[:1, -1:]
-    state = SimpleNamespace(pos=4)
-    alone = model(x[:1, -1:], state)
+    alone = model(x[:1, -1:])
     assert (alone - dense).abs().max() < 1e-12
     silent = gate <= model.events.threshold
     assert silent.any() and not silent.all()
     model.events.T[silent] = torch.nan  # never read
-    assert torch.equal(model(x[:1, -1:], state), alone)
+    assert torch.equal(model(x[:1, -1:]), alone)
     assert model(x).isnan().any()
     model.events.threshold = torch.ones_like(gate)  # no unit is active
-    assert model(x[:1, -1:], state).isfinite().all()
+    assert model(x[:1, -1:]).isfinite().all()
 
 
 # Adaptive thresholds ------------------------------------------------------------------------------------------------

@@ -4,16 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from kernels.e7 import CODE, e7_symplectic, e7_weights, e8_gram, e8_levels, lattice_sign
 from model import (
     E7_SETS,
     E7_STAGES,
     ManifoldProjection,
+    Pass,
     SpectralDecomposition,
-    bend,
     e7_apply,
     e7_cartan,
     e7_coset,
@@ -22,6 +21,7 @@ from model import (
     e7_representation,
     e7_roots,
     manifold_point,
+    path_bending,
     rotation,
 )
 from train import curriculum, tokens_before
@@ -307,7 +307,7 @@ def test_stages_are_subgroups():
     """The product of two elements of a stage lies in that stage: its last coordinates stay 0."""
     for k, dims in enumerate(E7_STAGES[:-1], 1):
         module = ManifoldProjection(config("e7"))
-        module.set_active(dims)
+        module.set_stage(k - 1)
         assert module.active.sum() == dims
         a, b = e7_coset(uniform(2, 70, seed=k) * module.active)
         out = E[sum(E7_SETS[:k]) : 63].double()  # generators beyond: no component of log(a b) along them
@@ -412,11 +412,11 @@ def test_bend_is_zero_on_geodesics_only():
     line = (t * uniform(70))[None] / 2
     paths = {"sphere": circle, "rotor": manifold_point(plane, "rotor")[None], "e7": line}
     for manifold, path in paths.items():
-        assert bend(path, manifold) < 1e-20
-        assert bend(path[:, [0, 1, 2, 2, 4, 5]], manifold) > 1e-3  # a stop on the way
-        assert bend(path[:, :2], manifold) == 0
+        assert path_bending(path, manifold) < 1e-20
+        assert path_bending(path[:, [0, 1, 2, 2, 4, 5]], manifold) > 1e-3  # a stop on the way
+        assert path_bending(path[:, :2], manifold) == 0
     small = torch.stack((t.cos() / 2, t.sin() / 2, 0 * t + 0.75**0.5), 1)[None, :, :, 0]
-    assert bend(small, "sphere") > 1e-4  # a small circle is no geodesic
+    assert path_bending(small, "sphere") > 1e-4  # a small circle is no geodesic
 
 
 @pytest.mark.parametrize("manifold", MANIFOLDS)
@@ -425,19 +425,23 @@ def test_projection(manifold, dtype):
     """Shapes, types, nothing at the gate's start, points where they belong, tokens on their own, gradients."""
     torch.manual_seed(0)
     module, x = ManifoldProjection(config(manifold)).to(dtype), uniform(3, 9, 16).to(dtype)
-    y, point, bent = module(x)
-    assert y.shape == x.shape and y.dtype == dtype and not y.any() and bent.shape == ()
+    y, point = module(x)
+    assert y.shape == x.shape and y.dtype == dtype and not y.any()
     P = {"sphere": 6, "e7": 70, "rotor": 64}[manifold]
     assert point.shape == (3, 9, P) and point.dtype == torch.promote_types(dtype, torch.float32)
     if manifold == "sphere":
         assert (point.norm(dim=-1) - 1).abs().max() < 1e-5
     with torch.no_grad():
         module.gate.fill_(0.5)
-    y, point, bent = module(x)
-    (y.float().square().sum() + bent).backward()
+    y, point = module(x)
+    run = Pass(targets=x, training=True)
+    module.add_losses(point, run)
+    weight, bending = run.losses["geodesic"]
+    assert weight == 0.1 and bending.shape == ()
+    (y.float().square().sum() + bending).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
-    again, _, none = module.eval()(torch.cat((x[:, :4], -x[:, 4:]), 1))
-    assert none is None and torch.equal(again[:, :4], y[:, :4]) and not torch.equal(again[:, 4:], y[:, 4:])
+    again, _ = module.eval()(torch.cat((x[:, :4], -x[:, 4:]), 1))
+    assert torch.equal(again[:, :4], y[:, :4]) and not torch.equal(again[:, 4:], y[:, 4:])
     assert (module(x[1:2, 3:4])[0] - y[1:2, 3:4]).abs().max() < (0.05 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -459,8 +463,8 @@ def test_compiles_forward_and_backward():
         x = uniform(2, 6, 16, dtype=torch.float32)
 
         def f(x, module=module, spectral=spectral):
-            y, point, bent = module(x)
-            return y.sum() + bent + spectral(point).square().sum()
+            y, point = module(x)
+            return y.sum() + path_bending(point, module.manifold) + spectral(point).square().sum()
 
         torch._dynamo.reset()
         params = [*module.parameters(), *spectral.parameters()]

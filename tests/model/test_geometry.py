@@ -6,8 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb
 
@@ -429,8 +428,8 @@ def test_kept_keys_are_those_that_a_later_query_can_reach(flags, prompt):
     for n in range(prompt, 64):
         for block in model.transformer.h:
             store, mask = state.of(block.attn), block.attn.cells.route.mask()
-            assert store["place"].tolist() == mask[n:, :n].any(0).nonzero()[:, 0].tolist()
-            assert store["n"] == len(store["place"]) <= store["kv"].size(3)
+            assert store["k_pos"].tolist() == mask[n:, :n].any(0).nonzero()[:, 0].tolist()
+            assert store["n"] == len(store["k_pos"]) <= store["kv"].size(3)
         model(idx[:, n : n + 1], state=state)
 
 

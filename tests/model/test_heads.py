@@ -7,25 +7,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 from kernels.heads import mixture_cross_entropy, mixture_log_probs, mixture_nll, reference
 from model import (
     GPT,
+    ContextSummary,
     DecodingState,
     GPTConfig,
     MFSHead,
-    RegionSlate,
-    Slate,
+    RegionSummary,
     SlidingWindowAE,
     WindowLinear,
     chunked_cross_entropy,
     window_sum,
 )
 
-CONFIG = {
+CONFIG = {"l4_loss_weight": 0.1,
     "n_embd": 8, "vocab_size": 13, "bias": True, "loss_chunk": 0, "mfs_K": 3, "mfs_P": 4, "mfs_layers": 2,
     "mfs_window": 2, "mfs_lowrank_r": 0, "ae_window": 4, "ae_dim": 0, "slate_window": 5, "region_size": 2,
     "region_slate_include_prior": True, "region_slate_include_error": True, "region_prior_decay": 0.8,
@@ -307,7 +306,7 @@ def test_costs_at_most_twice_the_linear_head():
 @given(T=st.integers(1, 9), n=st.integers(1, 12), cut=st.integers(0, 9), seed=st.integers(0, 9))
 def test_windows_by_hand(T, n, cut, seed):
     x = random(2, T, 3, seed=seed)
-    linear, slate = build(WindowLinear(3, 2, n, True)), Slate(config(slate_window=n))
+    linear, slate = build(WindowLinear(3, 2, n, True)), ContextSummary(config(slate_window=n))
     W = linear.linear.weight.view(n, 2, 3)
     sums, means, out = window_sum(x, n), slate(x), linear(x)
     for t in range(T):
@@ -340,7 +339,7 @@ def naive_region_slate(slate, h, error):
 @pytest.mark.parametrize("prior, with_error", [(True, True), (False, False)])
 def test_region_slate_by_hand(size, prior, with_error):
     flags = {"region_size": size, "region_slate_include_prior": prior, "region_slate_include_error": with_error}
-    slate = build(RegionSlate(config(**flags), CELLS))
+    slate = build(RegionSummary(config(**flags), CELLS))
     h, error = random(2, 20, 8), random(2, 20, 1, seed=1)
 
     def call(at, state=None):
@@ -355,7 +354,7 @@ def test_region_slate_by_hand(size, prior, with_error):
 
 
 def test_region_slate_is_causal_to_the_last_bit():
-    slate = build(RegionSlate(config(), CELLS)).float()
+    slate = build(RegionSummary(config(), CELLS)).float()
     h = random(1, 20, 8).float()
     full = slate(h)
     for t in range(1, 20):
@@ -451,7 +450,7 @@ def heads_loss(mfs, ae, slate, hiddens, h, weight, idx):
 
 def all_heads(dtype=torch.float32):
     parts = [build(m).to(dtype) for m in (MFSHead(config(loss_chunk=7)), SlidingWindowAE(config()))]
-    parts.append(build(RegionSlate(config(), CELLS)).to(dtype))
+    parts.append(build(RegionSummary(config(), CELLS)).to(dtype))
     hiddens, h, weight = mfs_inputs(T=20)
     idx = torch.randint(13, (2, 20), generator=torch.Generator().manual_seed(0))
     return parts, ([x.to(dtype) for x in hiddens], h.to(dtype), weight.to(dtype).requires_grad_(), idx)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import pywt
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 from helpers import FIXTURES

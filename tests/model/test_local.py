@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 import model as module
@@ -29,10 +28,10 @@ from model import (
     SigmoidSTE,
     SoftmaxValueMixLocal,
     VQResidualDir,
-    exactly,
+    backpropagation,
     feedback_matrix,
     local_attention,
-    set_exact,
+    set_backprop,
     sigmoid_attention,
     sign_feedback,
     turn_towards,
@@ -52,6 +51,17 @@ def build(**flags):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SIZE | {"tie_weights": False} | flags))
     return model, torch.randint(model.config.vocab_size, (4, model.config.block_size))
+
+
+def cut_stream(model, idx, cuts):
+    """The stream after all blocks, with what it was at each of dfa's cuts in the list `cuts`."""
+    run = module.Pass(idx, cuts=cuts, cut=module.detach_and_record(cuts, model.dfa.places))
+    return model.trunk(model.embed(run), run)
+
+
+def nudged(model, idx, nudges):
+    run = module.Pass(idx)
+    return module.perturbed_hidden(model, model.embed(run), run, *nudges)
 
 
 def backward(layer, x, g):
@@ -265,9 +275,9 @@ def reachable(tensor):
 def test_segments_carry_no_gradient_function_into_earlier_ones(granularity):
     model, idx = build(method="dfa", dfa_granularity=granularity)
     taps = []
-    end = model.run_blocks(idx, tap=module.cut_into(taps))[0]
+    end = cut_stream(model, idx, taps)
     segments = [reachable(t) for t in (*taps, end)]
-    assert len(taps) == model.dfa.n_taps == (3 if granularity == "sublayer" else 1)
+    assert len(taps) == model.dfa.n_cuts == (3 if granularity == "sublayer" else 1)
     for i, a in enumerate(segments):
         assert a and all(not a & b for b in segments[:i])
     every = {id(p) for n, p in model.named_parameters() if not n.startswith(("lm_head", "transformer.ln_f"))}
@@ -278,7 +288,7 @@ def test_dfa_is_the_error_times_b_in_every_segment():
     model, idx = build(method="dfa")
     got = gradients(model, idx)
     taps = []
-    h = model.transformer.ln_f(model.run_blocks(idx, tap=module.cut_into(taps))[0])
+    h = model.transformer.ln_f(cut_stream(model, idx, taps))
     leaf = h.detach().requires_grad_()
     loss = F.cross_entropy(model.lm_head(leaf).flatten(0, 1), idx.roll(-1, 1).flatten())
     e, head = torch.autograd.grad(loss, [leaf, model.lm_head.weight])
@@ -287,7 +297,7 @@ def test_dfa_is_the_error_times_b_in_every_segment():
     wanted = torch.autograd.grad([*taps, h], params, sent, allow_unused=True)
     for name, w in zip(names, wanted, strict=True):
         assert torch.allclose(got[name], head if w is None else w, atol=1e-7), name
-    with module.exactly(model):
+    with module.backpropagation(model):
         bp = gradients(model, idx)
     exact = {n for n in got if (got[n] - bp[n]).norm() < 1e-5 * bp[n].norm()}
     local = ("lm_head", "transformer.ln_f", "transformer.h.1.mlp", "transformer.h.1.ln_2")
@@ -298,7 +308,7 @@ def test_dfa_is_the_error_times_b_in_every_segment():
 def test_skip_control_hands_the_streams_error_to_every_tap():
     model, idx = build(method="dfa", dfa_feedback="skip")
     got, taps = gradients(model, idx), []
-    x = model.run_blocks(idx, tap=module.cut_into(taps))[0]
+    x = cut_stream(model, idx, taps)
     leaf = x.detach().requires_grad_()
     logits = model.lm_head(model.transformer.ln_f(leaf))
     e = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), idx.roll(-1, 1).flatten()), leaf)[0]
@@ -314,7 +324,7 @@ def test_forward_is_the_same_by_every_rule(method):
     twin, _ = build()
     twin.load_state_dict(join_c_attn(model.state_dict()))
     assert torch.allclose(model(idx, idx)[0], twin(idx, idx)[0], atol=1e-6)
-    with module.exactly(model):
+    with module.backpropagation(model):
         got = gradients(model, idx)
     wanted = gradients(twin, idx)
     assert all(torch.allclose(g, wanted[n], atol=1e-6) for n, g in got.items() if n in wanted)
@@ -331,9 +341,8 @@ def join_c_attn(weights):
 def test_split_c_attn():
     plain, idx = build()
     model, _ = build(method="fa")
-    weights = module.split_c_attn(plain.state_dict())
-    own = {k: v for k, v in model.state_dict().items() if k.endswith(".feedback")}
-    model.load_state_dict(own | weights)
+    weights = module.own_projections(plain.state_dict(), model)
+    model.load_state_dict(weights)
     assert torch.allclose(model(idx, idx)[0], plain(idx, idx)[0], atol=1e-6)
     assert all(torch.equal(v, plain.state_dict()[k]) for k, v in join_c_attn(weights).items())
 
@@ -404,12 +413,12 @@ def test_tap_jacobians(flags):
             p.add_(0.3 * torch.randn_like(p))
     idx = torch.randint(31, (1, 4))
     zeros = [torch.zeros(1, 4, 4).double() for _ in range(3)]
-    J = torch.func.jacrev(lambda *n: model.nudged(idx, n), argnums=(0, 1, 2))(*zeros) if not flags else None
-    M = module.tap_jacobians(model, idx.expand(3000, 4), torch.Generator().manual_seed(0))
+    J = torch.func.jacrev(lambda *n: nudged(model, idx, n), argnums=(0, 1, 2))(*zeros) if not flags else None
+    M = module.cut_jacobians(model, idx.expand(3000, 4), torch.Generator().manual_seed(0))
     for l in range(3):
         if flags:  # the kernel's backward is not a functorch one: unit errors through autograd instead
             n = zeros[l].clone().requires_grad_()
-            out = model.nudged(idx, [*zeros[:l], n, *zeros[l + 1 :]])
+            out = nudged(model, idx, [*zeros[:l], n, *zeros[l + 1 :]])
             wanted = torch.zeros(4, 4).double()
             for t in range(4):
                 for c in range(4):
@@ -423,14 +432,14 @@ def test_tap_jacobians(flags):
 def test_dfa_grape_turns_taps_towards_their_jacobians():
     model, idx = build(method="dfa", fa_grape=True, fa_grape_every=1, fa_grape_n_probe=4)
     optimizer = model.configure_optimizers(0.0, 1e-9, (0.9, 0.95), "cpu")
-    wanted = module.tap_jacobians(model, idx.repeat(100, 1), torch.Generator().manual_seed(5))
+    wanted = module.cut_jacobians(model, idx.repeat(100, 1), torch.Generator().manual_seed(5))
     before = [module.cosine(B, M) for B, M in zip(model.dfa.feedback, wanted)]
     for _ in range(20):
         gradients(model, idx)
         optimizer.step()
     after = [module.cosine(B, M) for B, M in zip(model.dfa.feedback, wanted)]
     assert max(before) < 0.3 and min(after) > 0.7
-    assert (model.grape.heard == -1).all() and model.training
+    assert (model.grape.probe_tokens == -1).all() and model.training
 
 
 @few
@@ -441,10 +450,10 @@ def test_the_sequences_chosen_do_not_depend_on_how_a_batch_is_split(a, b, seed):
     rows = torch.randint(31, (a + b, 16))
 
     def heard(*parts):
-        grape.heard.fill_(-1)
+        grape.probe_tokens.fill_(-1)
         for part in parts:
             grape.observe(part)
-        return grape.heard.clone()
+        return grape.probe_tokens.clone()
 
     whole = heard(rows)
     assert torch.equal(whole, heard(rows[:a], rows[a:])) and torch.equal(whole, heard(rows.flip(0)))
@@ -460,7 +469,7 @@ def test_calibration_steps_are_true_backpropagation(method):
     was_true = []
     for _ in range(6):
         got = gradients(model, idx)
-        with module.exactly(model):
+        with module.backpropagation(model):
             true = gradients(model, idx)
         was_true.append(all(torch.equal(got[n], true[n]) for n in true))
         optimizer.step()
@@ -480,7 +489,7 @@ def test_straight_through_activations(shape):
         x, g = torch.randn(shape, requires_grad=True), torch.randn(shape)
         assert torch.equal(ste(x), true(x))
         assert torch.equal(torch.autograd.grad(ste(x), x, g)[0], g)
-        set_exact(ste, True)
+        set_backprop(ste, True)
         assert torch.equal(torch.autograd.grad(ste(x), x, g)[0], torch.autograd.grad(true(x), x, g)[0])
 
 
@@ -617,7 +626,7 @@ def test_alignment():
     assert report["cosine/lm_head"] == pytest.approx(1) and 0.3 < report["cosine"] < 1 and report["descends"] == 1
     assert all(p.grad is None for p in model.parameters())
     local = gradients(model, idx)
-    with module.exactly(model):
+    with module.backpropagation(model):
         bp = gradients(model, idx)
     name = "transformer.h.0.attn.q_proj"
     wanted = module.cosine(local[f"{name}.weight"], bp[f"{name}.weight"])
@@ -627,10 +636,10 @@ def test_alignment():
 def test_exactly_restores_what_was():
     layer = LocalLinear(3, 3, method="fa")
     for on in (False, True):
-        set_exact(layer, on)
-        with exactly(layer):
-            assert layer.exact
-        assert layer.exact == on
+        set_backprop(layer, on)
+        with backpropagation(layer):
+            assert layer.backprop
+        assert layer.backprop == on
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import (
@@ -16,7 +15,7 @@ from model import (
     CheckpointError,
     DecodingState,
     GPTConfig,
-    append_kv,
+    append_to_cache,
     causal_attention,
 )
 
@@ -415,7 +414,7 @@ def test_append_kv_keeps_everything(chunks):
     for t in chunks:
         kv = torch.randn(2, 2, 3, t, 5, generator=g)
         seen.append(kv)
-        k, v = append_kv(store, *kv)
+        k, v = append_to_cache(store, *kv)
         n = sum(x.size(3) for x in seen)
         assert torch.equal(torch.stack((k, v)), torch.cat(seen, 3))
         buffers.add(store["kv"].data_ptr())
@@ -425,7 +424,7 @@ def test_append_kv_keeps_everything(chunks):
 def test_append_kv_copies_seldom():
     store, sizes = {}, []
     for _ in range(1000):
-        append_kv(store, *torch.zeros(2, 1, 1, 1, 4))
+        append_to_cache(store, *torch.zeros(2, 1, 1, 1, 4))
         sizes.append(store["kv"].size(3))
     grown = sorted(set(sizes))
     assert sizes[0] == 64 and all(b >= 2 * a for a, b in zip(grown, grown[1:]))

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from model import PRIME_POWERS, RamanujanPositions, ramanujan_sum, ramanujan_table
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from model import GPT, GPTConfig, feedback_weights, region_relation
 from smoke_test import CELLS, SIZE

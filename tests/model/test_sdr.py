@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from helpers import FIXTURES
 from kernels.engram import context_winners, k_winners, recall, reference, unpack, willshaw, willshaw_reference

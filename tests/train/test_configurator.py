@@ -10,8 +10,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 import configurator
 from configurator import ConfigError, check_values, inside, one_line_errors, read
