@@ -22,6 +22,8 @@ from configurator import ConfigError
 from helpers import ROOT
 from helpers import run_here as train_here
 
+pytestmark = pytest.mark.slow
+
 TINY = """
 data_dir, dataset = {folder!r}, {name!r}
 n_layer, n_head, n_embd, block_size, bias = 1, 2, 16, 16, False

@@ -12,6 +12,8 @@ import bench
 from bench import BenchConfig
 from data import dataset
 
+pytestmark = pytest.mark.slow
+
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
 
 

@@ -9,6 +9,8 @@ import pictures
 from helpers import ROOT
 from helpers import run_here as train_here
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("matplotlib")
 TINY = (
     "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --max_iters=2 --eval_interval=1 --eval_iters=1 --batch_size=2"

@@ -23,6 +23,7 @@ import torch
 
 import sample
 import train
+from data.corpus import load_meta
 from helpers import PATIENCE, ROOT, flags, history, losses, run_here, same, wait_for
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint, save_checkpoint
 
@@ -117,6 +118,7 @@ def whole_checkpoints(folder):
     return there
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_instant(shakespeare, tmp_path, monkeypatch):
     """A run that saves all the time is killed over and over and always goes on from a whole checkpoint.
 
@@ -210,6 +212,7 @@ def test_any_error_while_writing_leaves_the_old_checkpoint(error, tmp_path, monk
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_stops_the_run_in_one_line(run_folder):
     old = {p.name: p.read_bytes() for p in run_folder.glob("ckpt*")}
     limit = len(old["ckpt_last.pt"]) // 2
@@ -343,6 +346,7 @@ def test_truncated_files(content, tmp_path):
         assert not try_load(tmp_path / "ckpt.pt", content[:length]), length
 
 
+@pytest.mark.slow
 def test_flipped_bytes(content, tmp_path):
     """Half of the changes hit the pickle, where they hurt; its own integrity check is not torch's business."""
     with zipfile.ZipFile(io.BytesIO(content)) as z:
@@ -445,6 +449,7 @@ def test_tensors_that_do_not_fit(tmp_path):
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "flags", "directory", "future"])
+@pytest.mark.slow
 def test_scripts_tell_of_damage_in_one_line(script, damage, run_folder, capsys):
     for path in (run_folder / "ckpt.pt", run_folder / "ckpt_last.pt"):
         good = path.read_bytes()
@@ -474,6 +479,7 @@ def test_scripts_tell_of_damage_in_one_line(script, damage, run_folder, capsys):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_resume_from_a_checkpoint_with_parts_missing(change, run_folder, capsys):
     path = run_folder / "ckpt_last.pt"
     checkpoint = torch.load(path, weights_only=True)
@@ -574,7 +580,7 @@ def test_nanogpts_checkpoint_loads_strictly(compiled, bias, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_nanogpts_run_goes_on(dtype, shakespeare, tmp_path):
-    vocab_size = train.load_meta(shakespeare)["vocab_size"]
+    vocab_size = load_meta(shakespeare)["vocab_size"]
     _, checkpoint = nanogpt_checkpoint(vocab_size)
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     words = flags(shakespeare, tmp_path, init_from="resume", max_iters=12, dtype=dtype, always_save_checkpoint=True)
@@ -589,7 +595,7 @@ def test_nanogpts_run_goes_on(dtype, shakespeare, tmp_path):
 
 
 def test_nanogpts_run_cannot_change_its_shape(shakespeare, tmp_path, capsys):
-    _, checkpoint = nanogpt_checkpoint(train.load_meta(shakespeare)["vocab_size"])
+    _, checkpoint = nanogpt_checkpoint(load_meta(shakespeare)["vocab_size"])
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     words = flags(shakespeare, tmp_path, init_from="resume", n_layer=3)
     assert "--n_layer=3" in exit_line("train.py", capsys, *words)
