@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 # the corpus and the GPT-2 tokenizer, where they are kept beside the repository
@@ -14,7 +15,7 @@ ifneq ($(wildcard ../shared/data/tiktoken_cache),)
 export TIKTOKEN_CACHE_DIR ?= $(CURDIR)/../shared/data/tiktoken_cache
 endif
 
-.PHONY: help demo test lint report readme clean
+.PHONY: help demo check test lint report readme clean
 
 help:  ## list these commands (the default)
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -24,8 +25,16 @@ demo: $(VENV)/.core data/shakespeare_char/train.bin  ## train a small model on S
 	$(BIN)/python train.py config/$$config.py --out_dir=out-demo && \
 	$(BIN)/python sample.py --out_dir=out-demo --num_samples=1
 
-test: $(VENV)/.dev  ## run the test suite; ARGS="-k cache -x" goes to pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
+check: $(VENV)/.dev  ## ruff and the fast tests; V=mhc,kan: all contracts of these variants instead
+	$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
+ifdef V
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contracts --variant=$(V) $(ARGS)
+else
+	$(PYTEST) -m "not slow" $(ARGS)
+endif
+
+test: $(VENV)/.dev  ## run the whole test suite; ARGS="-k cache -x" goes to pytest
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff: errors and formatting
 	$(BIN)/ruff check .

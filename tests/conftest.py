@@ -1,5 +1,6 @@
 """What several test files share: a small data set, and scripts run as a user runs them."""
 
+import difflib
 import os
 import random
 import subprocess
@@ -14,11 +15,32 @@ pytest.register_assert_rewrite("helpers")
 
 from data.corpus import build_tokenizer, write_dataset  # noqa: E402
 from helpers import LINES, PATIENCE, ROOT  # noqa: E402
+from smoke_test import VARIANTS  # noqa: E402
 
 # CI runs the same examples every time; at a desk, new ones are tried
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--variant", default="", help="only tests of these rows of smoke_test.VARIANTS, comma-separated")
+
+
+def pytest_collection_modifyitems(config, items):
+    """`--variant=mhc`: keep the tests whose row it is. A script in a process of its own imports torch: seconds."""
+    for item in items:
+        if "cli" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+    wanted = [name.strip() for name in config.getoption("variant").split(",") if name.strip()]
+    for name in wanted:
+        if name not in VARIANTS:
+            near = difflib.get_close_matches(name, VARIANTS, 5, 0.4) or [n for n in VARIANTS if n[:2] == name[:2]]
+            raise pytest.UsageError(f"no variant {name!r} in smoke_test.py; near it: {', '.join(near) or 'none'}")
+    if wanted:
+        is_wanted = [getattr(item, "callspec", None) and item.callspec.params.get("name") in wanted for item in items]
+        config.hook.pytest_deselected(items=[item for item, keep in zip(items, is_wanted) if not keep])
+        items[:] = [item for item, keep in zip(items, is_wanted) if keep]
 
 
 @pytest.fixture(scope="session")

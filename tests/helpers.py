@@ -7,15 +7,24 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import train
+from smoke_test import VARIANTS
 
 ROOT = Path(train.__file__).resolve().parent
 SHARED = ROOT.parent / "shared" / "data"
 FIXTURES = ROOT / "tests" / "fixtures"
 DRIVER = ROOT / "tests" / "driver.py"
 PATIENCE = 600  # seconds until what never comes is a failure: no measure of speed, for a busy machine has its own
+
+# Rows that between them use most of the code: `make check` runs the cheap contracts on these, `make test` on all
+COVERING = {"baseline", "ferope_anchored", "knots_and_rings", "kaufmann_pattern", "fhn_and_softmax", "bio_adaptive"}
+COVERING |= {"mfs_l4_regions", "manifold_e7_spectral", "dfa_grape", "mhc_mla", "sdr", "everything_waves"}
+every_row = pytest.mark.parametrize(
+    "name", [name if name in COVERING else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 
 LINES = """\
 HAMLET: To be, or not to be, that is the question:

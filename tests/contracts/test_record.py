@@ -2,7 +2,7 @@
 No row changes by accident: state-dict keys, their shapes and order, the order of the parameters (the optimiser's state
 is numbered by it), and the loss and gradient norm of one seeded training step are those of record.json.
 
-    PYTHONPATH=. python tests/contracts/test_record.py  # write the record again, after a change that was meant
+    PYTHONPATH=.:tests python tests/contracts/test_record.py  # write the record again, after a change that was meant
 
 Computed in float64, so that the numbers are the same on every CPU, up to the order of sums.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import every_row
 from smoke_test import VARIANTS, build
 
 RECORD = Path(__file__).with_name("record.json")
@@ -39,7 +40,7 @@ def read():
     return json.loads(RECORD.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@every_row
 def test_row_is_as_recorded(name):
     was = read().get(name)
     assert was is not None, f"a new row: python tests/contracts/{Path(__file__).name} records it"

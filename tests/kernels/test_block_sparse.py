@@ -76,6 +76,7 @@ def problems(draw):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 3e-5)])
+@pytest.mark.slow
 def test_forward_and_all_gradients(dtype, tolerance):
     @settings(max_examples=120, deadline=None)
     @given(problems())
@@ -91,6 +92,7 @@ def test_forward_and_all_gradients(dtype, tolerance):
 
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from([torch.bfloat16, torch.float16]))
+@pytest.mark.slow
 def test_half_types(problem, dtype):
     """Within two roundings of float64 on the same rounded inputs, relative to the largest number.
 
@@ -202,6 +204,7 @@ def test_transposed_inputs_and_gradients():
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.slow
 def test_gradcheck(activation, per_head, biased):
     route = random_route(7, 3, (1, 2) if per_head else (), 0.7, torch.Generator().manual_seed(3))
     extra = [torch.randn(2, 3, 3, dtype=torch.float64), torch.randn(7, dtype=torch.float64)] if biased else []
@@ -320,6 +323,7 @@ def case(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_opcheck(name):
     (q, k, v), route, kwargs = case(name)
     rest = (list(route.starts), route.allowed, kwargs["bias"], kwargs["row_bias"], 0.25, kwargs["activation"])
@@ -329,6 +333,7 @@ def test_opcheck(name):
     torch.library.opcheck(block_sparse_backward, (torch.ones_like(out), *detached))
 
 
+@pytest.mark.slow
 def test_compiled_is_eager():
     """One graph each for a few kinds, and again for another length; inductor itself for the plain one."""
     for name in CASES:
@@ -418,6 +423,7 @@ def largest_allocation(function, inputs, route, **kwargs):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"activation": "sigmoid"}, {"bias": torch.zeros(64, 64)}])
+@pytest.mark.slow
 def test_nothing_is_as_large_as_the_mask(kwargs):
     T = 2048
     inputs = [*qkv(1, 1, T, 16), kwargs.pop("bias", None)]
@@ -446,6 +452,7 @@ print(*peaks)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the high-water mark of Linux")
 @pytest.mark.parametrize("kwargs", [{}, {"activation": "sigmoid"}])
+@pytest.mark.slow
 def test_peak_memory_is_linear(kwargs):
     """Twice the length, forward and backward: at most 2.2 times the memory."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -462,6 +469,7 @@ def test_peak_memory_is_linear(kwargs):
 @pytest.mark.parametrize(
     "activation, biased", [("softmax", False), ("softmax", True), ("sigmoid", False), ("sigmoid", True)]
 )
+@pytest.mark.slow
 def test_fake_backward_has_the_real_types(dtype, activation, biased):
     """Half types are widened inside; what comes out, empty gradients included, must be as compiled code expects it."""
     q = torch.randn(1, 2, 12, 16, generator=torch.Generator().manual_seed(0)).to(dtype)

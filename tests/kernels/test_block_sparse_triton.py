@@ -19,7 +19,8 @@ import torch
 
 from kernels.block_sparse import Route, reference, torch_forward
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+has_triton = importlib.util.find_spec("triton") is not None
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_triton, reason="triton is not installed")]
 
 CHECKS = {}  # name: a function that runs under the interpreter
 

@@ -95,6 +95,7 @@ def test_scan_and_its_gradients(name, dtype, tolerance):
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.slow
 def test_propagation_and_its_gradients(name, dtype, tolerance):
     @settings(max_examples=25, deadline=None)
     @given(
@@ -109,12 +110,14 @@ def test_propagation_and_its_gradients(name, dtype, tolerance):
 
 
 @pytest.mark.parametrize("B, T, C", [(1, 1000, 5), (2, 1100, 384), (12, 64, 128), (16, 70, 384)])
+@pytest.mark.slow
 def test_sizes_of_real_models(B, T, C):
     scan_agrees(B, T, C, 0, torch.float32, 1e-4)
     fhn_agrees(B, T, C, 0, torch.float32, 1e-4)
 
 
 @pytest.mark.parametrize("T, steps", [(1, 3), (3, 1), (13, 2), (9, 4)])
+@pytest.mark.slow
 def test_gradcheck(T, steps):
     inputs, state = medium(2, T, 2, steps=steps)
     inputs = [x.requires_grad_() for x in inputs]
@@ -296,6 +299,7 @@ def test_bounded_stimulus_stays_finite(dt):
 
 
 @pytest.mark.parametrize("name, dtype, steps", [("one block", torch.float32, 1), ("many blocks", torch.bfloat16, 3)])
+@pytest.mark.slow
 def test_opcheck(name, dtype, steps):
     with plan(name):
         inputs, state = medium(2, 37, 5, dtype=dtype, steps=steps)
@@ -311,6 +315,7 @@ def test_opcheck(name, dtype, steps):
 
 
 @pytest.mark.parametrize("T", [1, 40])
+@pytest.mark.slow
 def test_compiles_without_a_break(T):
     inputs, state = medium(2, T, 3, dtype=torch.float32)
     recurrent = recurrence(2, T, 3, dtype=torch.float32)

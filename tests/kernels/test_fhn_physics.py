@@ -68,6 +68,7 @@ def test_hopf_points():
 
 
 @pytest.mark.parametrize("imex", [True, False])
+@pytest.mark.slow
 def test_limit_cycle(imex):
     dt = 0.02
     v, _ = run(FHNDynamics(), [-1.0], [-0.5], 0.5, dt, int(130 / dt), imex=imex)
@@ -121,6 +122,7 @@ def front(dynamics, coupling, time, T=4, dt=0.4, **how):
 
 @pytest.mark.parametrize("imex", [True, False])
 @pytest.mark.parametrize("threshold", [0.2, 0.4])
+@pytest.mark.slow
 def test_one_way_front_passes_iff_the_coupling_exceeds_a_quarter_of_the_threshold_squared(imex, threshold):
     """g (1 - u) + u (1 - u) (u - a) > 0 on [0, 1) iff g > a^2 / 4, where u (a - u) is largest: at u = a / 2."""
     nagumo = FHNDynamics(threshold=threshold)

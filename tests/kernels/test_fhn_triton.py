@@ -20,7 +20,8 @@ import torch
 
 from kernels import fhn, scan
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+has_triton = importlib.util.find_spec("triton") is not None
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_triton, reason="triton is not installed")]
 
 CHECKS = {}  # name: a function that runs under the interpreter
 

@@ -21,6 +21,8 @@ from helpers import ROOT, run_here as train_here
 from lab import ablate
 from lab.ablate import T_975, AblateConfig, Difference, Run, difference, family, find_runs, front
 
+pytestmark = pytest.mark.slow
+
 TINY = """
 data_dir, dataset = {folder!r}, {name!r}
 n_layer, n_head, n_embd, block_size, bias = 1, 2, 16, 16, False

@@ -11,6 +11,8 @@ from data import dataset
 from lab import attention, bench, measure
 from lab.bench import Bench, BenchConfig
 
+pytestmark = pytest.mark.slow
+
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
 
 

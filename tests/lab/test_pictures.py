@@ -8,6 +8,8 @@ import torch
 from helpers import ROOT, run_here as train_here
 from lab import pictures
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("matplotlib")
 TINY = (
     "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --max_iters=2 --eval_interval=1 --eval_iters=1 --batch_size=2"

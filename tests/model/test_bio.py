@@ -119,6 +119,7 @@ def test_oscillators_start_as_the_spec_says():
 
 
 @pytest.mark.parametrize("unit, solves", [("oscillator", True), ("sigmoid", False)])
+@pytest.mark.slow
 def test_one_oscillating_unit_learns_xor(unit, solves):
     """One unit, act(w x + b), threshold 1/2. A sigmoid unit is monotone in w x: at most 3 of 4 points."""
     x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
@@ -220,6 +221,7 @@ def test_gradients_reach_every_parameter(flags):
 
 
 @pytest.mark.parametrize("flags", KINDS[4:7:2])
+@pytest.mark.slow
 def test_compiles(flags):
     model, x = build(flags, dtype=torch.float32)
     model.train()

@@ -455,6 +455,7 @@ def test_autocast_leaves_the_points_alone(manifold):
     assert point.dtype == torch.float32 and (point - manifold_point(u, manifold)).abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_compiles_forward_and_backward():
     for manifold in ("e7",):  # the others are in the table of variants
         torch.manual_seed(0)

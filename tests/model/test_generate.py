@@ -47,6 +47,7 @@ def greedy(model, idx, n, penalty=1.0):
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("pos", ["learned", "none"])
 @pytest.mark.parametrize("B, T", [(1, 1), (3, 5), (2, BLOCK - 1), (1, BLOCK), (2, BLOCK + 1), (2, 3 * BLOCK)])
+@pytest.mark.slow
 def test_greedy_across_block_size(pos, B, T, use_cache):
     model, idx = tiny(pos), tokens(B, T)
     out = model.generate(idx, 20, temperature=0, use_cache=use_cache)

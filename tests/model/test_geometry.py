@@ -388,6 +388,7 @@ def greediest(model, idx):
     return max(e.self_cpu_memory_usage for e in events.events())
 
 
+@pytest.mark.slow
 def test_no_mask_is_as_large_as_the_text_squared():
     T = 2048
     flags = {"block_size": T, "n_layer": 1, "anchor_min_gap": 32, "anchor_jitter": 8, "use_ferope": True}
@@ -422,6 +423,7 @@ def test_one_unit_of_position():
 
 @pytest.mark.parametrize("flags", [VARIANTS[n] for n in ("sparse", "no rings", "two rings", "sparse anchored")])
 @pytest.mark.parametrize("prompt", [1, 10, 37])
+@pytest.mark.slow
 def test_kept_keys_are_those_that_a_later_query_can_reach(flags, prompt):
     model, idx, state = small(**flags), tokens(), DecodingState()
     model(idx[:, :prompt], state=state)
@@ -433,6 +435,7 @@ def test_kept_keys_are_those_that_a_later_query_can_reach(flags, prompt):
         model(idx[:, n : n + 1], state=state)
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded_over_a_long_text():
     flags = {"block_size": 1024, "n_layer": 1, "use_ferope": True, "anchor_min_gap": 16}
     sizes = {}

@@ -134,6 +134,7 @@ def test_extreme_logits_stay_finite():
     assert torch.isfinite(torch.autograd.grad(loss, facets)[0]).all()
 
 
+@pytest.mark.slow
 def test_operator():
     facets, log_prior, weight = random(7, 6, 5), random(7, 3).log_softmax(-1), random(13, 5)
     inputs = [x.requires_grad_() for x in (facets, log_prior, weight)]
@@ -173,6 +174,7 @@ for f in (chunked, mfs, direct):
 """
 
 
+@pytest.mark.slow
 def test_memory():
     """At 2048 tokens and 16384 words, in chunks of 256, three softmaxes peak far below the plain head all at once."""
     code = PEAKS.replace("PATHS", repr(sys.path[:2]))
@@ -278,6 +280,7 @@ def fit(log_probs, parameters, steps=150):
 
 
 @pytest.mark.parametrize("K, P", [(3, 4), (2, 1), (1, 2)])
+@pytest.mark.slow
 def test_breaks_the_softmax_bottleneck(K, P):
     """One softmax has p0 p1 = p2 p3 <= 1/16 here: a loss of at least ln 4. The entropy is ln 2, and MFS gets there."""
     weight, h = parallelogram(), torch.zeros(1, 1, 4, requires_grad=True)
@@ -469,6 +472,7 @@ def test_bfloat16_is_near_float64():
     assert rough.dtype in (torch.float32, torch.bfloat16) and abs(rough - exact) < 0.03 * exact
 
 
+@pytest.mark.slow
 def test_compiles():
     parts, inputs = all_heads()
     torch._dynamo.reset()

@@ -170,6 +170,7 @@ def peak_bytes(function):
     return most
 
 
+@pytest.mark.slow
 def test_edges_need_a_tenth_of_the_memory_of_the_naive_layer():
     """384 -> 1536. What does not grow with the tokens (weights' gradients, buffers) falls out of the difference."""
 
@@ -221,6 +222,7 @@ def test_tokens_stay_apart_and_every_parameter_learns(name):
 
 
 @pytest.mark.parametrize("name", ["swiglu", "kan_shared_mex", "kan_edge_mex"])
+@pytest.mark.slow
 def test_compiles_whole(name):
     torch.manual_seed(0)
     mixer, flags = MIXERS[name]
@@ -272,6 +274,7 @@ def test_widths_cannot_reach_zero():
 
 
 @pytest.mark.parametrize("form", ["shared", "edge"])
+@pytest.mark.slow
 def test_learns_a_function_of_one_number(form):
     """sin(3x) by one layer 1 -> 8 -> 1: to 1 % of its variance, where a line explains far less."""
     torch.manual_seed(0)

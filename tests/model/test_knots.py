@@ -215,6 +215,7 @@ def test_gauss_integral_symmetries(seed, n, m, log_scale):
 
 
 @pytest.mark.parametrize("n, m", [(2, 2), (8, 8), (4, 6)])
+@pytest.mark.slow
 def test_gauss_integral_gradient(n, m):
     a, b = draw(15, 5, 1, n, 3).requires_grad_(), draw(16, 3, m, 3).requires_grad_()
     assert torch.autograd.gradcheck(gauss_linking_integrals, (a, b))

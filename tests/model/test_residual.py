@@ -283,6 +283,7 @@ def test_autocast_keeps_coefficients_in_float32():
 
 
 @pytest.mark.parametrize("mode", ["mhc", "hc"])
+@pytest.mark.slow
 def test_compiles(mode):
     found = wires(torch.float32, 0.1, hc_mode=mode)[2:]
 

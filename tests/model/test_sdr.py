@@ -415,6 +415,7 @@ def test_every_parameter_gets_a_gradient(case):
 
 
 @pytest.mark.parametrize("case", CASES[2:4], indirect=True, ids=("words_tied", "words_distinct"))
+@pytest.mark.slow
 def test_compiles_to_one_graph(case):
     m, idx = case
     torch._dynamo.reset()

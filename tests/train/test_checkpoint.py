@@ -118,6 +118,7 @@ def whole_checkpoints(folder):
     return there
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_instant(shakespeare, tmp_path, monkeypatch):
     """A run that saves all the time is killed over and over and always goes on from a whole checkpoint.
 
@@ -211,6 +212,7 @@ def test_any_error_while_writing_leaves_the_old_checkpoint(error, tmp_path, monk
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_stops_the_run_in_one_line(run_folder):
     old = {p.name: p.read_bytes() for p in run_folder.glob("ckpt*")}
     limit = len(old["ckpt_last.pt"]) // 2
@@ -344,6 +346,7 @@ def test_truncated_files(content, tmp_path):
         assert not try_load(tmp_path / "ckpt.pt", content[:length]), length
 
 
+@pytest.mark.slow
 def test_flipped_bytes(content, tmp_path):
     """Half of the changes hit the pickle, where they hurt; its own integrity check is not torch's business."""
     with zipfile.ZipFile(io.BytesIO(content)) as z:
@@ -446,6 +449,7 @@ def test_tensors_that_do_not_fit(tmp_path):
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "flags", "directory", "future"])
+@pytest.mark.slow
 def test_scripts_tell_of_damage_in_one_line(script, damage, run_folder, capsys):
     for path in (run_folder / "ckpt.pt", run_folder / "ckpt_last.pt"):
         good = path.read_bytes()
@@ -475,6 +479,7 @@ def test_scripts_tell_of_damage_in_one_line(script, damage, run_folder, capsys):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_resume_from_a_checkpoint_with_parts_missing(change, run_folder, capsys):
     path = run_folder / "ckpt_last.pt"
     checkpoint = torch.load(path, weights_only=True)

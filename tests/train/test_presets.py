@@ -14,6 +14,8 @@ from helpers import ROOT
 from model import GPT, Cells, GPTConfig, SpectralDecomposition
 from train import TrainConfig, Trainer, World, build_model
 
+pytestmark = pytest.mark.slow
+
 RECIPE = "config/train_shakespeare_char_cpu.py"
 SIZES = {  # parameters, with 65 characters and with GPT-2's vocabulary
     "nano": (1_092_002, 52_536_738),

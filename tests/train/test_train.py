@@ -60,6 +60,7 @@ def straight(shakespeare, tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.slow
 def test_resume_is_exact(number, shakespeare, straight, tmp_path):
     out = tmp_path / "out"
     env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PAUSE_AT": "120"}  # a late signal still finds it running
@@ -130,6 +131,7 @@ def test_best_val_loss_is_kept(shakespeare, tmp_path):
     assert (tmp_path / "ckpt.pt").read_bytes() == best
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_architecture(shakespeare, tmp_path, capsys):
     assert run_here(*flags(shakespeare, tmp_path)) == 0
     resume = [f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=8"]
@@ -209,6 +211,7 @@ def test_batches_are_the_raw_bins(shakespeare, tmp_path):
             assert y[row].tolist() == raw[start + 1 : start + 17].tolist()
 
 
+@pytest.mark.slow
 def test_processes_and_micro_steps_share_the_global_batch(shakespeare, tmp_path, monkeypatch):
     drawn = []
     batch = TokenDataset.batch
@@ -301,6 +304,7 @@ def cross_entropy(model, tokens, T):
 
 
 @pytest.mark.parametrize("batch_size, block_size", [(4, 16), (5, 13), (1, 8), (200, 16)])
+@pytest.mark.slow
 def test_eval_full_is_the_cross_entropy_of_the_whole_split(batch_size, block_size, shakespeare, tmp_path):
     t = trainer(shakespeare, tmp_path, eval_full=True, batch_size=batch_size, block_size=block_size)
     for p in t.model.parameters():
@@ -340,6 +344,7 @@ def test_random_evaluation_estimates_the_whole(shakespeare, tmp_path):
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.slow
 def test_teacher_forcing_equals_feeding_prefixes(training, shakespeare, tmp_path):
     t = trainer(shakespeare, tmp_path)
     for _ in range(30 * training):
@@ -363,6 +368,7 @@ def test_bits_per_byte(shakespeare, tmp_path):
     assert t.evaluate().keys() == {"train_loss", "val_loss"}
 
 
+@pytest.mark.slow
 def test_eval_only_writes_nothing(shakespeare, tmp_path, capsys):
     assert run_here(*flags(shakespeare, tmp_path / "new", eval_only=True)) == 0
     assert not (tmp_path / "new").exists()
@@ -387,6 +393,7 @@ def test_always_save_checkpoint_off_saves_only_better_ones(shakespeare, tmp_path
 # Training.
 
 
+@pytest.mark.slow
 def test_it_learns(shakespeare, tmp_path):
     given = {"n_embd": 64, "block_size": 32, "batch_size": 16, "learning_rate": 5e-3, "max_iters": 150}
     assert run_here(*flags(shakespeare, tmp_path, **given, eval_interval=150, eval_full=True)) == 0
@@ -400,6 +407,7 @@ def test_it_learns(shakespeare, tmp_path):
 
 @pytest.mark.parametrize("eval_interval", [1, 100])
 @pytest.mark.parametrize("log_interval", [1, 50])
+@pytest.mark.slow
 def test_a_huge_learning_rate_stops_the_run(eval_interval, log_interval, shakespeare, tmp_path, capsys):
     given = {"learning_rate": 1e30, "warmup_iters": 0, "eval_interval": eval_interval, "log_interval": log_interval}
     assert run_here(*flags(shakespeare, tmp_path, max_iters=20, **given)) == 2
@@ -419,6 +427,7 @@ def check_last_good(out, iter_num):
 
 
 @pytest.mark.parametrize("poisoned_at", [3, 4])  # before and after the last step that an evaluation follows
+@pytest.mark.slow
 def test_a_poisoned_weight_stops_the_run(poisoned_at, shakespeare, tmp_path, monkeypatch, capsys):
     step = train.Trainer.step
 
@@ -453,6 +462,7 @@ def test_a_stop_after_a_poisoned_step_keeps_the_last_good_checkpoint(shakespeare
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.slow
 def test_reduced_precision(dtype, shakespeare, tmp_path, capsys):
     assert run_here(*flags(shakespeare, tmp_path / "half", dtype=dtype)) == 0
     assert f"dtype {dtype}" in capsys.readouterr().out
@@ -464,6 +474,7 @@ def test_reduced_precision(dtype, shakespeare, tmp_path, capsys):
     assert bool(checkpoint["scaler"]) == (dtype == "float16")
 
 
+@pytest.mark.slow
 def test_loss_scale_survives_a_resume(shakespeare, tmp_path, monkeypatch):
     def scales(*words):
         """The loss scale at each step; it doubles every second step."""
@@ -485,6 +496,7 @@ def test_loss_scale_survives_a_resume(shakespeare, tmp_path, monkeypatch):
     assert losses(out) == losses(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_a_full_precision_run_goes_on_in_half(shakespeare, tmp_path):
     assert run_here(*flags(shakespeare, tmp_path)) == 0
     assert run_here(f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=8", "--dtype=float16") == 0
@@ -556,6 +568,7 @@ def test_what_the_terminal_shows(shakespeare, tmp_path, capsys):
     assert sum(x.startswith("iter ") for x in out) == 6 and sum(x.startswith("step ") for x in out) == 3
 
 
+@pytest.mark.slow
 def test_samples_while_training(shakespeare, tmp_path, capsys):
     assert run_here(*flags(shakespeare, tmp_path / "with", sample_interval=2, dropout=0.1)) == 0
     out = capsys.readouterr().out
@@ -731,6 +744,7 @@ def test_help_is_complete_and_quick(cli, tmp_path):
         assert f"  --{f.name}={f.default!r}  (" in done.stdout
 
 
+@pytest.mark.slow
 def test_print_config_reproduces_itself(shakespeare, tmp_path, capsys):
     file = tmp_path / "printed.py"
     words = flags(shakespeare, tmp_path / "out", min_lr=None, lr_schedule="wsd")
@@ -838,6 +852,7 @@ def test_nanogpts_config_trains(shakespeare, tmp_path):
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["config"]["beta2"] == 0.99
 
 
+@pytest.mark.slow
 def test_precision_aliases(shakespeare, tmp_path, capsys):
     words = [x for x in flags(shakespeare, tmp_path, max_iters=1) if "dtype" not in x]
     assert run_here(*words, "--precision", "bf16-mixed", "--devices=1") == 0
