@@ -15,7 +15,7 @@ ifneq ($(wildcard ../shared/data/tiktoken_cache),)
 export TIKTOKEN_CACHE_DIR ?= $(CURDIR)/../shared/data/tiktoken_cache
 endif
 
-.PHONY: help demo check test lint report readme clean
+.PHONY: help demo check test lint report tables readme clean
 
 help:  ## list these commands (the default)
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,10 @@ report: $(VENV)/.dev  ## comparisons in docs/results.md, plots and pages docs/*.
 	$(REPORT) --out_dir=out-local
 	$(REPORT) --out_dir=out-ablation-512 --learning_rates=3e-3
 	$(REPORT) --out_dir=out-char
+
+tables: $(VENV)/.dev  ## after a new variant: the record of all rows and the covering array in tests/contracts
+	PYTHONPATH=.:tests $(BIN)/python tests/contracts/test_record.py
+	PYTHONPATH=.:tests $(BIN)/python tests/contracts/covering.py
 
 readme: $(VENV)/.core  ## the excerpts of --help in README.md, as the scripts print them
 	$(BIN)/python -m lab.readme

@@ -2618,9 +2618,11 @@ class MFSHead(nn.Module):
         return 2 * (self.K - 1) * self.size * C + 2 * self.n_facets * self.rank * C
 
 
-# A head says in class attributes whether it reads_context and returns_log_probs, and in `layers_read` of how many top
-# layers it wants the outputs in run.hiddens. Its `predict` is as MFSHead's.
-HEADS = {"mfs": MFSHead}  # the flag is use_mfs_head; without one the head is linear
+# A head declares in class attributes whether it reads_context and returns_log_probs, and in `layers_read` of how many
+# top layers it wants the outputs in run.hiddens. Its `predict` is as MFSHead's.
+HEADS = {  # NAME: class, by the flag use_NAME_head; without one the head is linear
+    "mfs": MFSHead,
+}
 
 
 def language_model_loss(logits, chunked, run):

