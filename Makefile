@@ -28,7 +28,7 @@ demo: $(VENV)/.core data/shakespeare_char/train.bin  ## train a small model on S
 check: $(VENV)/.dev  ## ruff and the fast tests; V=mhc,kan: all contracts of these variants instead
 	$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
 ifdef V
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contracts --variant=$(V) $(ARGS)
+	$(PYTEST) tests/contracts --variant=$(V) $(ARGS)
 else
 	$(PYTEST) -m "not slow" $(ARGS)
 endif
