@@ -1,6 +1,6 @@
 """
-A new idea touches the places that CONTRIBUTING.md names, and no other: a copy of the repository gets a toy activation, a
-toy token mixer and a toy head, each at these places alone, and their contracts, documents and smoke test pass there.
+A new idea touches the places that CONTRIBUTING.md names, and no other: a copy of the repository gets a toy activation,
+a toy token mixer and a toy head, each at these places alone, and their contracts, documents and smoke test pass there.
 """
 
 import os
@@ -14,7 +14,7 @@ from helpers import PATIENCE, ROOT
 
 pytestmark = pytest.mark.slow
 
-# Where a piece of text goes: (file, the line after which it is inserted, or "" for the end), by place in CONTRIBUTING.md
+# Where a piece of text goes, by place in CONTRIBUTING.md: (file, the line after which it is inserted; "" = the end)
 AT = {
     "flag": ("model.py", "    # -- meta-updates -"),
     "rules": ("model.py", "NEEDS = ("),
@@ -94,7 +94,7 @@ IDEAS = {  # kind: (name, its section, {place: text})
         "ablation config": 'attn_mode = "ema"\n',
     }),
     "head": ("cosine", COSINE, {
-        "flag": "    use_cosine_head: bool = False  # logits are cosines\n    cosine_scale: float = 8.0  # their first scale\n",
+        "flag": "    use_cosine_head: bool = False  # logits are cosines\n    cosine_scale: float = 8.0  # first scale\n",
         "rules": '    ("cosine_scale", "use_cosine_head", lambda c: c.use_cosine_head),\n',
         "ranges": '    "cosine_scale": "(0, inf)",\n',
         "HEADS": '    "cosine": CosineHead,\n',
@@ -121,9 +121,9 @@ def add(root, kind):
     """Add an idea to the copy: its section in the catalogue, then each place."""
     name, section, places = IDEAS[kind]
     model = (root / "model.py").read_text(encoding="utf-8")
-    border = (
-        model.rindex("# ----", 0, model.index(SECTIONS[kind])) if kind == "activation" else model.index(SECTIONS[kind])
-    )
+    border = model.index(SECTIONS[kind])
+    if kind == "activation":  # before the rule above the next section
+        border = model.rindex("# ----", 0, border)
     model = model[:border] + section.lstrip("\n") + "\n" + model[border:]
     if kind == "activation":
         assert model.count(CHOICE) == 1
