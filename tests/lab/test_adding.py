@@ -94,7 +94,7 @@ IDEAS = {  # kind: (name, its section, {place: text})
         "ablation config": 'attn_mode = "ema"\n',
     }),
     "head": ("cosine", COSINE, {
-        "flag": "    use_cosine_head: bool = False  # logits are cosines\n    cosine_scale: float = 8.0  # first scale\n",
+        "flag": "    use_cosine_head: bool = False  # cosines\n    cosine_scale: float = 8.0  # first scale\n",
         "rules": '    ("cosine_scale", "use_cosine_head", lambda c: c.use_cosine_head),\n',
         "ranges": '    "cosine_scale": "(0, inf)",\n',
         "HEADS": '    "cosine": CosineHead,\n',
