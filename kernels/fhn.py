@@ -81,7 +81,7 @@ class Medium:
         """(dD, da, db, deps) from the gradients of dt D, Q, p and U, (C,) each."""
         dQ = dQ + dU * self.pull
         dp = dp - dQ * self.eps * self.dt**2
-        dproduct = -self.dt * dp * self.p**2  # of eps b
+        dproduct = -self.dt * dp * self.p**2  # gradient of eps b
         da = dU * self.Q
         return dcoupling * self.dt, da, dproduct * self.eps - REST_W * da, dproduct * self.b - self.dt**2 * dQ * self.p
 
@@ -153,7 +153,7 @@ class Adjoint:
         self.gu = new(block.m) if self.steps > 2 else None
         B, _, C = block.m.shape
         self.ends = block.m.new_zeros(self.steps, B, C)  # what reaches the last site of a block from the next one
-        self.sums = list(block.m.new_zeros(4, C))  # of the gradients of dt D, Q, p, U
+        self.sums = list(block.m.new_zeros(4, C))  # gradients of dt D, Q, p, U
 
     def run(self, grad, conductance, d_stimulus, d_conductance):
         block, medium, n, last = self.block, self.medium, grad.size(1), self.steps - 1

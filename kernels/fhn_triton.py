@@ -100,7 +100,7 @@ def forward_kernel(
     row, channel, site = place(C, L, W, N)
     D, a, b, eps = parameters(D, a, b, eps, channel, C)
     slow, grow, pull = dt * eps, 1 + dt * eps * b, V + a - b * U
-    owner = (channel < C) & (site == 0)  # of the lanes that hold the same
+    owner = (channel < C) & (site == 0)  # one of the lanes that hold the same
     line = channel + tl.zeros((W, N), tl.int32)
     state, new_state = state + row * STEPS * C + line, new_state + row * STEPS * C + line
     carries += row * tl.cdiv(T, L * W) * STEPS * C + line

@@ -11,7 +11,7 @@ loops go through blocks of tokens that stay in the cache.
 import torch
 
 BLOCK = 1 << 18  # elements of the streams in a block: 1 MiB of float32
-LOWEST = -40.0  # of logits below their row's maximum: scalings stay within e^40, whose square float32 still holds
+LOWEST = -40.0  # least logit relative to its row's maximum: scalings stay within e^40, whose square float32 still holds
 
 
 def reference(x, f, pre, post, res):
@@ -41,7 +41,7 @@ class RMSProject(torch.autograd.Function):
     def backward(ctx, g, dx):
         x, W, z, scale = ctx.saved_tensors
         x_, g_ = x.to(z.dtype), g * scale
-        pull = (g * z).sum(-1, keepdim=True) * scale.square() / -x.size(-1)  # of the norm, along x
+        pull = (g * z).sum(-1, keepdim=True) * scale.square() / -x.size(-1)  # gradient of the norm, along x
         dW = (g_.t() @ x_).to(W.dtype)
         if blocks(x) is None:
             return (dx + x_ * pull + g_ @ W.to(z.dtype)).to(x.dtype), dW, None

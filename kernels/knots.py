@@ -19,7 +19,7 @@ import math
 import torch
 
 CHUNK = 1 << 18  # pairs of segments of strand_links at a time: 2 MiB a matrix, so that they stay in the cache
-SHARPEST = 1e-4  # of the gradient: 1 + cos of the angle that an arc spans is taken to be at least this,
+SHARPEST = 1e-4  # in the gradient, 1 + cos of the angle that an arc spans is taken to be at least this,
 NEAREST = 1e-3  # and a distance at least this part of the pair's mean distance
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def half_angles(a, b):
     """
     d = b[:, None] - a[:, :, None]  # (3, n, m, N)
     r = dot(d, d).sqrt()
-    down, right = dot(d[:, :-1], d[:, 1:]), dot(d[:, :, :-1], d[:, :, 1:])  # of neighbours along a, along b
+    down, right = dot(d[:, :-1], d[:, 1:]), dot(d[:, :, :-1], d[:, :, 1:])  # products of neighbours along a, along b
     diagonal = dot(d[:, :-1, :-1], d[:, 1:, 1:])
     ea, eb = a.diff(dim=1), b.diff(dim=1)
     ma, mb = cross(a[:, :-1], ea), cross(b[:, :-1], eb)  # moments: V needs no cross product for each pair

@@ -422,7 +422,7 @@ def train_rows(cfg, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics: mean and standard deviation over seeds, and the difference to the baseline with a 95 % interval.
 
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of Student's t, 1 to 10 degrees
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 1 to 10 degrees
 
 
 @dataclass

@@ -243,7 +243,7 @@ LOCAL = {"cpu": partial(bench_training, SMALL, 12, 5), "6x384": partial(bench_tr
 # Decoding.
 
 DECODERS = ["baseline", "baseline --use_block_sparse", "fhn", "knots"]
-NOT_FAR = ("knots",)  # whose pairs of cells are too many at 32,768 tokens
+NOT_FAR = ("knots",)  # they have too many pairs of cells at 32,768 tokens
 STRIDE = 8  # tokens that a run of `further` reads
 
 

@@ -244,7 +244,7 @@ def coxeter_plane():
 def picture_coxeter(folder, blocks=16):
     """E7's roots on the Coxeter plane, each coloured by how far a text's points move along it: mean |coordinate|."""
     point = Reading(folder, ManifoldProjection, blocks).outputs[0][1].flatten(0, 1).float()
-    used = point[:, 7:].abs().mean(0)  # of the positive roots
+    used = point[:, 7:].abs().mean(0)  # use of the positive roots
     places, roots = coxeter_plane(), e7_roots()
     figure, axes = pyplot().subplots(figsize=(8, 7), **TIGHT)
     near = (roots @ roots.T == 4).triu().nonzero().tolist()  # doubled coordinates: inner product 1, the nearest

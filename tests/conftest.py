@@ -3,10 +3,14 @@
 import difflib
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+# compiled code is made here and now: what another CPU, another worker or a killed run left is never loaded
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
 
 import pytest
 from hypothesis import settings
@@ -25,6 +29,10 @@ if os.environ.get("CI"):
 
 def pytest_addoption(parser):
     parser.addoption("--variant", default="", help="only tests of these rows of smoke_test.VARIANTS, comma-separated")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):
