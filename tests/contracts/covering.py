@@ -12,31 +12,24 @@ import random
 from dataclasses import fields
 from itertools import combinations, product
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from model import GPTConfig
-from smoke_test import SIZE
+from smoke_test import SIZE, VARIANTS
 
-# The values of each flag besides its default: every choice, or a number that suits SIZE
+# The values of a flag besides its default: numbers that suit SIZE, mixers; every choice and both bools follow below
 VALUES = {
     "dropout": [0.1],
-    "mlp_act": ["gelu_tanh", "relu2"],
-    "pos_embedding": ["none", "ramanujan"],
     "attn_mode": ["sigmoid", "fhn", "kaufmann"],
     "attn_pattern": ["fhn,softmax", "kaufmann,sigmoid"],
-    "sigmoid_bias_mode": ["neg_log_i", "zero", "learned"],
-    "kan_wavelet": ["dog", "morlet"],
-    "kan_edges": ["edge"],
     "kan_bank": [1],
     "bio_omega": [2.0],
     "bio_compartments": [2],
     "bio_dendrite_dim": [24],
-    "bio_lateral": ["nonlinear", "none"],
     "bio_threshold": [0.0],
-    "bio_gate": ["diag", "lowrank"],
     "bio_target_sparsity": [0.3],
-    "ferope_freqs": ["gaussian"],
     "ferope_m": [3],
     "rope_base": [500.0],
     "neighbor_rings": [0],
@@ -52,17 +45,14 @@ VALUES = {
     "knot_k": [2],
     "fhn_steps": [4],
     "fhn_dt": [0.5],
-    "fhn_dynamics": ["linear"],
     "fhn_partitions": [3],
     "sdr_size": [256],
     "sdr_active": [8],
     "sdr_boost": [0.0],
     "sdr_radius": [0],
     "sdr_scales": [0],
-    "sdr_rule": ["delta", "willshaw", "none"],
     "sdr_decay": [0.9],
     "sdr_value_dim": [16],
-    "manifold": ["e7", "rotor"],
     "manifold_dim": [5],
     "manifold_vectors": [2],
     "geodesic_weight": [0.1],
@@ -71,8 +61,6 @@ VALUES = {
     "spectral_refresh": [3],
     "mhc_streams": [2],
     "mhc_sinkhorn_iters": [5],
-    "hc_mode": ["hc"],
-    "mla_mode": ["scalar"],
     "loss_chunk": [40],
     "mfs_K": [2],
     "mfs_P": [1],
@@ -83,31 +71,25 @@ VALUES = {
     "ae_window": [3],
     "ae_dim": [5],
     "slate_window": [4],
-    "method": ["fa", "sign_sym", "dfa"],
     "frozen_seed": [7],
-    "fa_init_mode": ["orthogonal", "ortho_he", "sparse"],
     "fa_sparse_k": [4],
-    "sign_sym_scale": ["init", "frozen_magnitude"],
-    "dfa_granularity": ["block"],
-    "dfa_feedback": ["skip"],
     "fa_grape_every": [2],
     "fa_grape_n_probe": [8],
     "fa_grape_lr": [0.5],
     "fa_calibrate_every": [3],
     "freeze_blocks": [1],
-    "ln_mode": ["ste", "center_scale", "projected"],
     "mlp_topk": [16],
     "resid_topk": [24],
     "vq_codes": [64],
-    "vq_lattice": ["e7"],
     "subspace_rank": [24],
     "htm_meta_strength": [0.5],
     "htm_meta_decay": [0.5],
-    "htm_meta_target": ["momentum"],
 }
 DEFAULTS = {f.name: f.default for f in fields(GPTConfig)}
 CELL_SIZES = ("anchor_min_gap", "knot_block")
 VALUES |= {name: [not default] for name, default in DEFAULTS.items() if isinstance(default, bool)}
+CHOICES = {f.name: [choice for choice in get_args(f.type) if choice != f.default] for f in fields(GPTConfig)}
+VALUES |= {name: choices for name, choices in CHOICES.items() if choices}
 
 # What switches a flag on: other flags, with alternatives. Whose flag is not here stands for itself.
 FACETS = [{"use_mfs_head": True, "mfs_layers": n} for n in (2, 1)]
@@ -164,6 +146,10 @@ ON = {
     "htm_meta_decay htm_meta_target": [{"htm_meta_strength": 0.5}],
 }  # fmt: skip
 ON = {flag: switches for names, switches in ON.items() for flag in names.split()}
+for row in VARIANTS.values():  # a flag that is in no table above takes value and switches from the rows that set it
+    for flag in row.keys() - VALUES.keys() - set(CELL_SIZES) - SIZE.keys():
+        VALUES[flag] = [row[flag]]
+        ON[flag] = [{name: value for name, value in row.items() if name != flag}]
 
 LEVELS = [(flag, value) for flag in VALUES for value in (DEFAULTS[flag], *VALUES[flag])]
 NUMBER = {level: i for i, level in enumerate(LEVELS)}
