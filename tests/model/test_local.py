@@ -677,3 +677,30 @@ def test_exactly_restores_what_was():
 def test_refusals(flags, named):
     with pytest.raises(ValueError, match=named):
         GPTConfig(**flags)
+
+
+@pytest.mark.parametrize("method", ["fa", "sign_sym", "dfa"])
+@pytest.mark.parametrize("pattern", ["fhn", "fhn,softmax"])
+def test_waves_come_back_under_every_rule(method, pattern, tmp_path):
+    """A layer of waves keeps c_attn whole, where attention has q_proj, k_proj and v_proj."""
+    model, idx = build(method=method, attn_pattern=pattern)
+    module.save_checkpoint(tmp_path / "ckpt.pt", {"model": model.state_dict(), "model_args": vars(model.config)})
+    again = GPT.from_checkpoint(module.load_checkpoint(tmp_path / "ckpt.pt"))
+    assert torch.equal(again(idx, idx)[0], model(idx, idx)[0])
+
+
+@pytest.mark.parametrize("manifold", ["sphere", "e7", "rotor"])
+def test_grape_probes_behind_a_manifold(manifold):
+    """The embedding comes before all cuts, so its parts need no forward mode."""
+    model, idx = build(
+        method="dfa", fa_grape=True, fa_grape_every=1, use_manifold=True, manifold=manifold, skip_manifold_spectral=True
+    )
+    before, optimizer = model.dfa.feedback.clone(), model.configure_optimizers(0.0, 1e-3, (0.9, 0.95), "cpu")
+    gradients(model, idx)
+    optimizer.step()
+    assert not torch.equal(model.dfa.feedback, before)
+
+
+def test_grape_under_dfa_refuses_knots():
+    with pytest.raises(ValueError, match="forward mode"):
+        build(method="dfa", fa_grape=True, use_knot_attention=True)
