@@ -1568,7 +1568,8 @@ class KaufmannAttention(CausalSelfAttention):
 
     def forward(self, x, run=ALONE):
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
-        stimulus = self.mix(x, q, k, self.landscape(F.layer_norm(v, v.shape[-1:])), run)
+        landscape = self.landscape(F.layer_norm(v, v.shape[-1:])).to(v.dtype)  # float32 under autocast
+        stimulus = self.mix(x, q, k, landscape, run)
         return self.resid_dropout(self.c_proj(self.medium(stimulus, q, k, run.state) * F.silu(q)))
 
 
@@ -3023,11 +3024,14 @@ class LayerNormCenterScale(LayerNormSTE):
 
     def forward(self, x):
         if uses_backprop(self, x):
-            return nn.LayerNorm.forward(self, x)
+            return self.scale_and_shift(F.layer_norm(x, self.normalized_shape, eps=self.eps))
         z, _, rstd = torch.native_layer_norm(x.detach(), self.normalized_shape, None, None, self.eps)
+        return SurrogateGradient.apply(self.scale_and_shift(z), x, self.rule, z, rstd, self.weight)
+
+    def scale_and_shift(self, z):
+        """By gain and bias, apart from the norm, so that both ways above give the same numbers to the last bit."""
         y = z if self.weight is None else z * self.weight
-        y = y if self.bias is None else y + self.bias
-        return SurrogateGradient.apply(y, x, self.rule, z, rstd, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 class LayerNormProjectedSurrogate(LayerNormCenterScale):
@@ -3494,8 +3498,8 @@ class ColumnMeta(nn.Module):
                 before.update((p, p.clone()) for p, _ in scaled())
                 return
             for p, factor in scaled():
-                if "exp_avg" in optimizer.state[p]:  # beta1 times the factor stays below 1: a moment must fade
-                    beta1 = optimizer.param_groups[0]["betas"][0]
+                if p in optimizer.state:  # not before its first step, and not where it is frozen
+                    beta1 = optimizer.param_groups[0]["betas"][0]  # beta1 times the factor stays below 1
                     optimizer.state[p]["exp_avg"] *= factor.clamp(max=0.999 / beta1)
 
         @torch.no_grad()

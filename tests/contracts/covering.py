@@ -33,7 +33,6 @@ VALUES = {
     "ferope_m": [3],
     "rope_base": [500.0],
     "neighbor_rings": [0],
-    "anchor_jitter": [3],
     "anchor_seed": [7],
     "region_size": [2],
     "region_edges": [2],
@@ -41,7 +40,6 @@ VALUES = {
     "feedback_hops": [2],
     "region_prior_decay": [0.5],
     "knot_vertices": [6],
-    "knot_threshold": [1.0],
     "knot_k": [2],
     "fhn_steps": [4],
     "fhn_dt": [0.5],
@@ -80,13 +78,13 @@ VALUES = {
     "freeze_blocks": [1],
     "mlp_topk": [16],
     "resid_topk": [24],
-    "vq_codes": [64],
+    "vq_codes": [2048],
     "subspace_rank": [24],
     "htm_meta_strength": [0.5],
     "htm_meta_decay": [0.5],
 }
 DEFAULTS = {f.name: f.default for f in fields(GPTConfig)}
-CELL_SIZES = ("anchor_min_gap", "knot_block")
+CELL_SIZES = ("anchor_min_gap", "anchor_jitter", "knot_block", "knot_threshold")  # what `fitted` sets
 VALUES |= {name: [not default] for name, default in DEFAULTS.items() if isinstance(default, bool)}
 CHOICES = {f.name: [choice for choice in get_args(f.type) if choice != f.default] for f in fields(GPTConfig)}
 VALUES |= {name: choices for name, choices in CHOICES.items() if choices}
@@ -113,14 +111,14 @@ ON = {
     "ferope_freqs ferope_m ferope_learnable ferope_anchor_relative rope_base": [{"use_ferope": True}],
     "neighbor_rings": [{"use_block_sparse": True}],
     "anchor_seed": [*CELLS, {"use_ferope": True, "ferope_freqs": "gaussian"}, *SLATES],
-    "anchor_jitter share_region_router": [*CELLS, *SLATES],
+    "share_region_router": [*CELLS, *SLATES],
     "region_size": [*HEADS, {"use_region_feedback": True}],
     "region_edges": [{"use_block_sparse": True, "region_size": 2}],
     "use_region_feedback": [{"region_size": 2}],
     "region_rings feedback_hops": [{"use_region_feedback": True, "region_size": 2}],
     "region_slate_include_prior region_prior_decay": SLATES,
     "region_slate_include_error": [{"add_l4_losses": True, "region_size": 2}],
-    "knot_vertices knot_threshold knot_k knot_learned_threshold": KNOTS,
+    "knot_vertices knot_k knot_learned_threshold": KNOTS,
     "fhn_steps fhn_dt fhn_dynamics use_fhn_imex use_fhn_partitioning": WAVES,
     "fhn_partitions": [w | {"use_fhn_partitioning": True} for w in WAVES],
     "sdr_size sdr_boost sdr_radius sdr_scales sdr_rule sdr_decay sdr_value_dim": [SDR],
@@ -134,7 +132,7 @@ ON = {
     "mfs_K mfs_P mfs_layers mfs_window mfs_lowrank_r use_mfs_head": FACETS,
     "l4_loss_weight ae_window ae_dim slate_window": [{"add_l4_losses": True}],
     "method freeze_emb": [UNTIED],
-    "frozen_seed": [{"vq_codes": 64}, {"subspace_rank": 24}, *NOT_BP],
+    "frozen_seed": [{"vq_codes": 2048}, {"subspace_rank": 24}, *NOT_BP],
     "fa_init_mode": [{"method": "fa", **UNTIED}],
     "fa_sparse_k": [{"method": "fa", "fa_init_mode": "sparse", **UNTIED}],
     "sign_sym_scale": [{"method": "sign_sym", **UNTIED}],
@@ -157,14 +155,22 @@ OTHERS = [level for level in LEVELS if level[1] != DEFAULTS[level[0]]]
 
 
 def fitted(flags):
-    """The flags with cells that suit a block of SIZE, or None where GPTConfig refuses them. The defaults make one."""
+    """The flags with cells and knots that suit a block of SIZE, or None where GPTConfig refuses them.
+
+    The defaults make one cell and seldom tie two.
+    """
     try:
         config = GPTConfig(**SIZE | flags)
     except ValueError:
         return None
-    if config.has_anchors or config.ferope_freqs == "gaussian":
-        return flags | {"anchor_min_gap": 5}
-    return flags | {"knot_block": 6} if config.has_knots() else flags
+    sizes = {"knot_threshold": 1.0} if config.has_knots() else {}
+    if config.has_anchors:
+        sizes |= {"anchor_min_gap": 5, "anchor_jitter": 3}
+    elif config.has_knots():
+        sizes |= {"knot_block": 6}
+    if config.ferope_freqs == "gaussian":
+        sizes |= {"anchor_min_gap": 5}
+    return flags | sizes
 
 
 def joined(*parts):

@@ -159,3 +159,13 @@ def test_success_survives_a_checkpoint(tmp_path):
 def test_refusals(flags, named):
     with pytest.raises(ValueError, match=named):
         GPTConfig(**flags)
+
+
+def test_momentum_with_frozen_blocks_can_be_saved():
+    """Frozen parameters have no moment to scale, and get no entry in the optimiser's state."""
+    model, idx = build({"htm_meta_strength": 0.5, "htm_meta_target": "momentum", "freeze_blocks": 1})
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    for _ in range(2):
+        model(idx, idx.roll(-1, 1))[1].backward()
+        optimizer.step()
+    assert len(optimizer.state_dict()["state"]) == sum(p.requires_grad for p in model.parameters())

@@ -704,3 +704,12 @@ def test_grape_probes_behind_a_manifold(manifold):
 def test_grape_under_dfa_refuses_knots():
     with pytest.raises(ValueError, match="forward mode"):
         build(method="dfa", fa_grape=True, use_knot_attention=True)
+
+
+@pytest.mark.parametrize("mode", ["ste", "center_scale", "projected"])
+def test_norms_give_the_same_numbers_under_backpropagation(mode):
+    """To the last bit: calibration steps switch the rule, and a checkpoint does not say which one was on."""
+    model, idx = build(ln_mode=mode)
+    logits = model(idx, idx)[0]
+    with module.backpropagation(model):
+        assert torch.equal(model(idx, idx)[0], logits)
