@@ -40,7 +40,6 @@ VALUES = {
     "ferope_m": [3],
     "rope_base": [500.0],
     "neighbor_rings": [0],
-    "anchor_jitter": [3],
     "anchor_seed": [7],
     "region_size": [2],
     "region_edges": [2],
@@ -48,7 +47,6 @@ VALUES = {
     "feedback_hops": [2],
     "region_prior_decay": [0.5],
     "knot_vertices": [6],
-    "knot_threshold": [1.0],
     "knot_k": [2],
     "fhn_steps": [4],
     "fhn_dt": [0.5],
@@ -98,7 +96,7 @@ VALUES = {
     "ln_mode": ["ste", "center_scale", "projected"],
     "mlp_topk": [16],
     "resid_topk": [24],
-    "vq_codes": [64],
+    "vq_codes": [2048],
     "vq_lattice": ["e7"],
     "subspace_rank": [24],
     "htm_meta_strength": [0.5],
@@ -106,7 +104,7 @@ VALUES = {
     "htm_meta_target": ["momentum"],
 }
 DEFAULTS = {f.name: f.default for f in fields(GPTConfig)}
-CELL_SIZES = ("anchor_min_gap", "knot_block")
+CELL_SIZES = ("anchor_min_gap", "anchor_jitter", "knot_block", "knot_threshold")
 VALUES |= {name: [not default] for name, default in DEFAULTS.items() if isinstance(default, bool)}
 
 # What switches a flag on: other flags, with alternatives. Whose flag is not here stands for itself.
@@ -131,14 +129,14 @@ ON = {
     "ferope_freqs ferope_m ferope_learnable ferope_anchor_relative rope_base": [{"use_ferope": True}],
     "neighbor_rings": [{"use_block_sparse": True}],
     "anchor_seed": [*CELLS, {"use_ferope": True, "ferope_freqs": "gaussian"}, *SLATES],
-    "anchor_jitter share_region_router": [*CELLS, *SLATES],
+    "share_region_router": [*CELLS, *SLATES],
     "region_size": [*HEADS, {"use_region_feedback": True}],
     "region_edges": [{"use_block_sparse": True, "region_size": 2}],
     "use_region_feedback": [{"region_size": 2}],
     "region_rings feedback_hops": [{"use_region_feedback": True, "region_size": 2}],
     "region_slate_include_prior region_prior_decay": SLATES,
     "region_slate_include_error": [{"add_l4_losses": True, "region_size": 2}],
-    "knot_vertices knot_threshold knot_k knot_learned_threshold": KNOTS,
+    "knot_vertices knot_k knot_learned_threshold": KNOTS,
     "fhn_steps fhn_dt fhn_dynamics use_fhn_imex use_fhn_partitioning": WAVES,
     "fhn_partitions": [w | {"use_fhn_partitioning": True} for w in WAVES],
     "sdr_size sdr_boost sdr_radius sdr_scales sdr_rule sdr_decay sdr_value_dim": [SDR],
@@ -152,7 +150,7 @@ ON = {
     "mfs_K mfs_P mfs_layers mfs_window mfs_lowrank_r use_mfs_head": FACETS,
     "l4_loss_weight ae_window ae_dim slate_window": [{"add_l4_losses": True}],
     "method freeze_emb": [UNTIED],
-    "frozen_seed": [{"vq_codes": 64}, {"subspace_rank": 24}, *NOT_BP],
+    "frozen_seed": [{"vq_codes": 2048}, {"subspace_rank": 24}, *NOT_BP],
     "fa_init_mode": [{"method": "fa", **UNTIED}],
     "fa_sparse_k": [{"method": "fa", "fa_init_mode": "sparse", **UNTIED}],
     "sign_sym_scale": [{"method": "sign_sym", **UNTIED}],
@@ -171,14 +169,18 @@ OTHERS = [level for level in LEVELS if level[1] != DEFAULTS[level[0]]]
 
 
 def fitted(flags):
-    """The flags with cells that suit a block of SIZE, or None where GPTConfig refuses them. The defaults make one."""
+    """The flags with cells and knots that suit a block of SIZE, or None where GPTConfig refuses them.
+
+    The defaults would make one cell of it and tie nothing, and what does nothing meets nothing.
+    """
     try:
         config = GPTConfig(**SIZE | flags)
     except ValueError:
         return None
-    if config.has_anchors or config.ferope_freqs == "gaussian":
-        return flags | {"anchor_min_gap": 5}
-    return flags | {"knot_block": 6} if config.has_knots() else flags
+    sizes = {"knot_threshold": 1.0} if config.has_knots() else {}
+    if config.has_anchors:
+        return flags | sizes | {"anchor_min_gap": 5, "anchor_jitter": 3}
+    return flags | sizes | ({"knot_block": 6} if sizes else {})
 
 
 def joined(*parts):
