@@ -111,6 +111,7 @@ def test_gradcheck(form, kind):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_opcheck(form):
     operator = {"bank": wavekan.bank, "edges": wavekan.edges}[form]
     for dtype in (torch.float32, torch.bfloat16):

@@ -29,6 +29,7 @@ def test_help_excerpts_in_the_readme(script):
     assert len(excerpt) >= 3 and set(excerpt) <= set(helped(script))
 
 
+@pytest.mark.slow
 def test_the_readme_is_as_its_command_writes_it():
     assert len(readme.EXCERPT.findall(README)) == 2
     assert readme.EXCERPT.sub(readme.rewrite, README) == README

@@ -102,6 +102,7 @@ def test_the_line_that_says_how_to_resume(shakespeare, tmp_path, monkeypatch, ca
     assert len(losses(tmp_path / "my run")) == 6
 
 
+@pytest.mark.slow
 def test_max_iters_is_the_number_of_optimizer_steps(straight, capsys):
     last = load_checkpoint(straight / "ckpt_last.pt")
     assert last["iter_num"] == 200
@@ -282,6 +283,7 @@ def test_the_schedule_ends_with_the_run_by_default():
     assert TrainConfig().lr_decay_iters is None and TrainConfig().min_lr is None
 
 
+@pytest.mark.slow
 def test_the_schedule_is_what_the_optimizer_gets(straight):
     cfg = TrainConfig(**{k: TINY[k] for k in ("learning_rate", "warmup_iters")}, max_iters=200)
     logged = [x["lr"] for x in history(straight) if "loss" in x]
@@ -578,6 +580,7 @@ def test_samples_while_training(shakespeare, tmp_path, capsys):
     assert losses(tmp_path / "with") == losses(tmp_path / "without")  # a sample disturbs nothing
 
 
+@pytest.mark.slow
 def test_tensorboard(shakespeare, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert run_here(*flags(shakespeare, tmp_path, tensorboard_log=True)) == 0
