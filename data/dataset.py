@@ -1,7 +1,7 @@
 """
 The token data set that train.py reads.
 
-Which windows a step reads is a pure function of (seed, step), so that resuming, accumulating gradients or adding
+The windows that a step reads are a pure function of (seed, step), so that resuming, accumulating gradients or adding
 processes never repeats or skips a window.
 """
 
@@ -17,7 +17,7 @@ TRAIN, TRAIN_LOSS, VAL_LOSS = range(3)  # independent streams of random windows
 
 
 class TokenDataset:
-    """The token files of a data set. DataError for what cannot be trained on."""
+    """The token files of a data set. DataError for data that cannot be used for training."""
 
     def __init__(self, cfg):
         self.folder = (Path(cfg.data_dir) if cfg.data_dir else ROOT / "data") / cfg.dataset
@@ -49,9 +49,9 @@ class TokenDataset:
         return to_device(tokens[:, :-1], device), to_device(tokens[:, 1:], device)
 
     def val_windows(self, batch_size, config, device, rank, world_size):
-        """The whole val split in windows that do not overlap, this rank's share of it: pairs as from `batch`.
+        """The whole val split in windows that do not overlap, this rank's share: pairs as from `batch`.
 
-        All have the same shape: what is beyond the end is padded and its targets are -1.
+        All have the same shape: positions beyond the end are padded, with targets -1.
         """
         tokens, T = self.splits["val"], config.block_size
         for start in range(rank * batch_size * T, len(tokens) - 1, world_size * batch_size * T):

@@ -1,15 +1,15 @@
 """
-Compile the Triton kernels for GPUs that need not be there, and show what ptxas says of each.
+Compile the Triton kernels for GPUs that need not be there, and show what ptxas reports for each.
 
     python kernels/aot.py                                # the usual variants, for A100 and H100
-    python kernels/aot.py --kernels="dkv D=64" --arch=90  # rows whose name has all these words
+    python kernels/aot.py --kernels="dkv D=64" --arch=90  # rows whose name contains all these words
     python kernels/aot.py --full                         # every variant, a quarter of an hour
 
-Registers and spilled bytes are a thread's, shared memory in bytes is a program's. The last line is JSON. Exit status 1
+Registers and spilled bytes are per thread, shared memory is in bytes per program. The last line is JSON. Exit status 1
 if a kernel spills, or asks for more shared memory than the GPU has.
 
-A module in kernels/ takes part by exposing `aot_rows(full)`: (name, kernel, signature, constexprs, num_warps,
-num_stages) of each variant that it may launch, the usual ones or all.
+A module in kernels/ is included if it has `aot_rows(full)`, which gives (name, kernel, signature, constexprs,
+num_warps, num_stages) for each variant that it may launch: the usual ones, or all of them with full=True.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class AotConfig:
     """What to compile."""
 
     # -- kernels ------------------------------------------------------------------------------------------------------
-    kernels: str = ""  # words that a row's name must have, such as "forward bfloat16"; empty = all
+    kernels: str = ""  # words that a row's name must contain, such as "forward bfloat16"; empty = all
     arch: str = "80,90"  # compute capabilities, comma-separated
     full: bool = False  # every variant instead of the usual ones
 
@@ -53,7 +53,7 @@ class AotConfig:
 
 
 def rows(full):
-    """The rows of every module in kernels/ that has some."""
+    """The rows of every module in kernels/ that has `aot_rows`."""
     for found in pkgutil.iter_modules([str(Path(__file__).parent)]):
         module = importlib.import_module(f"kernels.{found.name}")
         if hasattr(module, "aot_rows"):
@@ -80,7 +80,7 @@ def main():
         if not chosen:
             raise configurator.ConfigError(f"no kernel has all of {config.kernels!r} in its name")
     triton.knobs.nvidia.dump_ptxas_log = True
-    triton.knobs.compilation.always_compile = True  # what comes out of the cache has no log
+    triton.knobs.compilation.always_compile = True  # a kernel from the cache has no log
     results, bad = [], 0
     print(f"{'kernel':<44} {'arch':>5} {'warps':>5} {'stages':>6} {'regs':>4} {'spill':>5} {'shared':>7}")
     for name, kernel, signature, constexprs, num_warps, num_stages in chosen:

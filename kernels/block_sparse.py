@@ -1,12 +1,12 @@
 """
 Block-sparse causal attention over cells: out_i = sum_j p_ij v_j over the keys j <= i whose cell is related to i's.
 
-A sequence is cut into cells, contiguous runs of positions, and a relation says which cell may look at which. Softmax:
+A sequence is cut into cells, contiguous runs of positions, and a relation defines which cell attends to which. Softmax:
 p_ij = exp(s_ij - lse_i), s_ij = scale q_i k_j + bias[cell i, cell j]. Sigmoid: p_ij = sigmoid(s_ij + row_bias_i).
 
-`reference` goes through a dense mask, in any float type: the one to compare with. `torch_forward` and `torch_backward`
-loop over query cells and never build a T x T matrix: time and memory are O(T k), k the keys a query can reach. The
-backward is written by hand: autograd through slices would write a zero tensor of full length for each cell. On CUDA the
+`reference` uses a dense mask, in any float type. `torch_forward` and `torch_backward` loop over query cells and never
+build a T x T matrix: time and memory are O(T k), with k the number of keys a query can reach. The backward pass is
+written by hand, because autograd through slices would write a zero tensor of full length for each cell. On CUDA the
 operators call block_sparse_triton.py.
 """
 
@@ -17,12 +17,12 @@ import torch
 from torch.autograd.forward_ad import unpack_dual
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The route: which position may look at which.
+# The route: which position attends to which.
 
 
 @dataclass
 class Route:
-    """Cell c is the positions starts[c] .. starts[c + 1] - 1; allowed[..., c, c'] says whether c may look at c'.
+    """Cell c is the positions starts[c] .. starts[c + 1] - 1; allowed[..., c, c']: whether c attends to c'.
 
     starts: (C + 1) ints; allowed: (C, C) or (B, H, C, C) bool, true only for c' <= c. Inside a cell attention is causal
     by position.
@@ -35,7 +35,7 @@ class Route:
     def from_cells(cls, cell, allowed):
         """From each position's cell id (T,) int and the relation (C, C) or (B, H, C, C) bool.
 
-        Ids must count up from 0 in contiguous runs: ValueError otherwise, or if the relation has another size.
+        Ids must count up from 0 in contiguous runs: ValueError otherwise, or if the relation has the wrong size.
         """
         steps = torch.diff(cell)
         if cell.numel() == 0 or cell[0] != 0 or ((steps != 0) & (steps != 1)).any():
@@ -51,7 +51,7 @@ class Route:
         return self.starts[-1]
 
     def first(self, T):
-        """The route of the first T positions; the cell that T cuts is shorter there, and nothing else changes."""
+        """The route of the first T positions; only the cell that T cuts changes, it becomes shorter."""
         if self.length == T:
             return self
         if not 0 < T < self.length:
@@ -71,7 +71,7 @@ class Route:
         return self.allowed[..., cell[:, None], cell[None, :]].tril()
 
     def keys_per_query(self):
-        """How many keys each position can see, (T,) or (B, H, T) int64, without a T x T mask."""
+        """How many keys each position attends to, (T,) or (B, H, T) int64, without a T x T mask."""
         starts = torch.tensor(self.starts, device=self.allowed.device)
         cell = self.cell(self.allowed.device)
         own = torch.diagonal(self.allowed, dim1=-2, dim2=-1)  # (..., C)
@@ -86,7 +86,7 @@ class Route:
 def reference(q, k, v, route, *, activation="softmax", bias=None, row_bias=None, scale=None):
     """The same attention through a dense mask: O(T^2), any floating type, differentiable by autograd.
 
-    Arguments as in `block_sparse_attention`. A query that sees no key gives zeros.
+    Arguments as in `block_sparse_attention`. A query without keys gives zeros.
     """
     scores = q @ k.mT * (q.size(-1) ** -0.5 if scale is None else scale)
     mask, cell = route.mask(), route.cell(q.device)
@@ -103,7 +103,7 @@ def reference(q, k, v, route, *, activation="softmax", bias=None, row_bias=None,
 # ---------------------------------------------------------------------------------------------------------------------
 # The PyTorch path: one query cell after the other, all batches and heads at once.
 #
-# On a CPU, plain softmax over a static relation goes through the fused attention kernel twice a cell, once causally
+# On a CPU, plain softmax over a static relation goes through the fused attention kernel twice per cell, once causally
 # over the cell itself and once over the keys before it; the two are merged by their log-sum-exp, and its backward,
 # given the merged log-sum-exp, returns each part's exact share of the gradient. Everything else (sigmoid, biases, a
 # relation for each head and batch) gathers a cell's keys and multiplies matrices.
@@ -113,7 +113,7 @@ fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 def past_ranges(starts, allowed, c):
-    """[(first, end)) ranges of positions, in order and merged, that cell c sees before itself."""
+    """[(first, end)) ranges of positions, in order and merged, before cell c that it attends to."""
     ranges = []
     for other in allowed[c, :c].nonzero()[:, 0].tolist():
         if ranges and ranges[-1][1] == starts[other]:
@@ -198,7 +198,7 @@ class Gather:
 
     @staticmethod
     def cells_of(allowed):
-        """The cells that are true in each row of (X, C), first ones first, padded with -1: (X, most), and X."""
+        """The cells that are true in each row of (X, C), in order, padded with -1: (X, most), and X."""
         count = allowed.sum(1)
         order = torch.argsort(allowed.byte(), dim=1, descending=True, stable=True)[:, : int(count.max())]
         return torch.where(
@@ -284,12 +284,12 @@ def torch_backward(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, sca
 
 
 def is_fused(q, allowed, bias, activation):
-    """Whether the CPU's fused kernel can do it."""
+    """Whether the CPU's fused kernel can compute this."""
     return q.device.type == "cpu" and activation == "softmax" and bias is None and allowed.dim() == 2
 
 
 def sum_dtype(x):
-    """What sums over keys are kept in: float64 stays, everything else is float32."""
+    """The type in which sums over keys are accumulated: float64 stays, everything else is float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -310,7 +310,7 @@ def flat_relation(allowed, bias, B, H, dtype):
 
 
 def import_triton():
-    """The CUDA path; not imported elsewhere, because Triton exists on Linux alone and takes a while to import."""
+    """The CUDA path; not imported elsewhere, because Triton exists on Linux only and takes long to import."""
     from kernels import block_sparse_triton
 
     return block_sparse_triton
@@ -322,7 +322,7 @@ def block_sparse(
     bias: torch.Tensor | None, row_bias: torch.Tensor | None, scale: float, activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     forward = import_triton().triton_forward if q.is_cuda else torch_forward
-    with torch.autocast(q.device.type, enabled=False):  # the backward, which runs without, takes the lse at its word
+    with torch.autocast(q.device.type, enabled=False):  # the backward runs without autocast and needs this very lse
         return forward(q, k, v, starts, allowed, bias, row_bias, scale, activation)
 
 
@@ -377,7 +377,7 @@ def block_sparse_attention(q, k, v, route, *, activation="softmax", bias=None, r
     q, k, v (B, H, T, D) of one floating type; route: a Route of T positions; activation "softmax" or "sigmoid" (no
     normalisation over keys); bias: added to the scores of a pair of cells, (C, C), (H, C, C) or (B, H, C, C), with a
     gradient; row_bias (T,): added to each query's scores, with a gradient (softmax ignores it); scale: default
-    1 / sqrt(D). Returns (B, H, T, D). A query that sees no key gives zeros. ValueError for arguments that do not fit,
+    1 / sqrt(D). Returns (B, H, T, D). A query without keys gives zeros. ValueError for arguments that do not fit,
     NotImplementedError for forward-mode inputs, whose tangents would be lost.
     """
     B, H, T, D = q.shape

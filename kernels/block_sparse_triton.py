@@ -1,14 +1,16 @@
 """
-Block-sparse causal attention on a GPU: flash-style Triton kernels, the maths and arguments of `block_sparse.py`.
+Block-sparse causal attention on a GPU: flash-style Triton kernels, with the mathematics and arguments of
+`block_sparse.py`.
 
-A program owns a tile of M queries of one batch and head and walks the tiles of N keys that its cells may look at. Which
-ones is decided on the device, by `live_tiles`: a tile pair is dead (in no list), full (every pair of positions may
-talk: no mask) or partial (masked by cell ids and causality). The backward walks such lists for dq, transposed ones for
-dk and dv, and lists of cells for the bias. Every sum has one owner and a fixed order: no atomics, bit-equal runs.
+A program owns a tile of M queries of one batch and head and goes through the tiles of N keys that its cells attend to.
+`live_tiles` selects them on the device. A tile pair is dead (in no list), full (every query attends to every key: no
+mask) or partial (masked by cell ids and causality). The backward pass uses such lists for dq, transposed lists for dk
+and dv, and lists of cells for the bias. Every sum is computed by one program in a fixed order: no atomics, bit-equal
+runs.
 
 Scores are kept in bits, log2(e) (scale q k + bias), because the hardware's exponential is exp2. Memory beside inputs
-and outputs: two float32 a query, and the lists, 4 bytes a tile pair (1 MiB at T = 32k; if each head has a relation of
-its own, that for each).
+and outputs: two float32 per query, and the lists, 4 bytes per tile pair (1 MiB at T = 32k; if each head has its own
+relation, this much for each).
 
 TRITON_INTERPRET=1 runs this on a CPU; `python kernels/aot.py` compiles it without a GPU.
 """
@@ -84,7 +86,7 @@ def dot(a, b):
 
 @triton.jit
 def biased(s, query, key, cell, allowed, bias, T, C, MASKED: tl.constexpr):
-    """Scores in bits plus the bias of their pair of cells; -inf where the query may not look at the key."""
+    """Scores in bits plus the bias of their pair of cells; -inf where the query does not attend to the key."""
     if MASKED or bias is not None:
         pair = tl.load(cell + query) * C + tl.load(cell + key)  # cell is padded: no check
     if bias is not None:
@@ -96,7 +98,7 @@ def biased(s, query, key, cell, allowed, bias, T, C, MASKED: tl.constexpr):
 
 @triton.jit
 def shift_of(row, bh, rows, T, SIGMOID: tl.constexpr):
-    """What a query adds to its scores, in bits: its bias for sigmoid, -lse for softmax (-inf if it sees no key)."""
+    """The term added to a query's scores, in bits: its bias for sigmoid, -lse for softmax (-inf if no key)."""
     if SIGMOID:
         return tl.load(row + rows, mask=rows < T, other=0.0) * LOG2E
     lse = tl.load(row + bh * T + rows, mask=rows < T, other=-INF)
@@ -128,7 +130,7 @@ def forward_step(
     q, acc, m, l, shift, j, query, k, v, cell, allowed, bias, T, C, scale, D: tl.constexpr, N: tl.constexpr,
     SIGMOID: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One key tile more: acc (M, D), and for softmax the running maximum m and sum l (M,)."""
+    """Adds one key tile to acc (M, D), and for softmax to the running maximum m and sum l (M,)."""
     key = j * N + tl.arange(0, N)
     s = dot(q, tl.trans(tile_of(k, key, T, D, MASKED))) * (scale * LOG2E)  # (M, N)
     s = biased(s, query[:, None], key[None, :], cell, allowed, bias, T, C, MASKED)
@@ -219,7 +221,7 @@ def dq_kernel(
 ):  # fmt: skip
     """dq of a query tile, and total (B H, T), the sums of dS over keys.
 
-    For softmax they would be 0, had `out` not been rounded: delta + total is the delta without that rounding.
+    For softmax they would be 0 without the rounding of `out`: delta + total is the delta without it.
     """
     n_q, n_k = tl.cdiv(T, M), tl.cdiv(T, N)
     i, bh = tl.program_id(0) % n_q, (tl.program_id(0) // n_q).to(tl.int64)
@@ -274,7 +276,7 @@ def dkv_kernel(
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SIGMOID: tl.constexpr,
     PER_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a key tile, from the query tiles that look at it."""
+    """dk and dv of a key tile, from the query tiles that attend to it."""
     n_q, n_k = tl.cdiv(T, M), tl.cdiv(T, N)
     j, bh = tl.program_id(0) % n_k, (tl.program_id(0) // n_k).to(tl.int64)
     q, k, v, grad = q + bh * T * D, k + bh * T * D, v + bh * T * D, grad + bh * T * D
@@ -290,7 +292,7 @@ def dkv_kernel(
     key = j * N + tl.arange(0, N)
     x, y = tile_of(k, key, T, D, True), tile_of(v, key, T, D, True)
     ak, av = tl.zeros((N, D), tl.float32), tl.zeros((N, D), tl.float32)
-    for n in tl.range(n_partial, num_stages=1):  # pipelined, the mask would spill registers
+    for n in tl.range(n_partial, num_stages=1):  # if this were pipelined, the mask would spill registers
         i = tl.load(tiles + n)
         ak, av = dkv_step(
             x, y, ak, av, i, key, q, grad, row, delta, bh, cell, allowed, bias, T, C, scale, D, M, SIGMOID, True
@@ -311,7 +313,7 @@ def dbias_kernel(
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SIGMOID: tl.constexpr, PER_HEAD: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The sums of dS over pairs of cells: one query cell, and every SPLIT-th of the cells that it looks at."""
+    """The sums of dS over pairs of cells: one query cell, and every SPLIT-th of the cells that it attends to."""
     c, bh = tl.program_id(0) % C, (tl.program_id(0) // C).to(tl.int64)
     q, k, v, grad = q + bh * T * D, k + bh * T * D, v + bh * T * D, grad + bh * T * D
     bias += bh // H * bias_b + bh % H * bias_h + c.to(tl.int64) * C
@@ -347,8 +349,8 @@ SPLIT = 8  # programs that share the bias gradient of a query cell
 DIMS = (16, 32, 64, 128)
 
 # kernel: (M, N, num_warps, num_stages) at these D, for 16-bit types and, in the second line, for float32, whose exact
-# dots run on no tensor core: each thread reads whole rows, so tiles are small. kernels/aot.py shows spills, if any. At
-# D = 64 the 16-bit ones were timed on an H100, and taken from those without spills (docs/log.md).
+# dots do not use tensor cores: each thread reads whole rows, so tiles are small. kernels/aot.py shows spills, if any.
+# At D = 64 the 16-bit ones were timed on an H100, and taken from those without spills (docs/log.md).
 TILES = {
     "forward_kernel": (
         (64, 32, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2),
@@ -376,7 +378,7 @@ def meta_of(kernel, D, dtype):
 
 
 def live_tiles(cell, sums, T, X, Y, by_key=False):
-    """Which tiles of Y keys each tile of X queries sees (by_key: which Y queries see each X keys).
+    """Which tiles of Y keys each tile of X queries attends to (by_key: which Y queries attend to each X keys).
 
     cell: of each position, (T or more,) int32; sums (R, C + 1, C + 1) int32: 2-D prefix sums of the relation. Returns
     tiles (R, T / X, T / Y) int32, a row's partial ones from its left and full ones from its right, and counts
@@ -458,7 +460,7 @@ def triton_backward(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, sc
             *x.tiles(how["N"], how["M"], by_key=True), *x.shape, **how,
         )  # fmt: skip
         if bias is not None:
-            # tiles of one cell each are full: a list of the cells that a cell looks at
+            # tiles of one cell each are full: a list of the cells that a cell attends to
             cells, counts = live_tiles(torch.arange(x.C, dtype=torch.int32, device=q.device), x.sums, x.C, 1, 1)
             full = q.new_zeros(B, H, x.C, x.C, dtype=torch.float32)
             dbias_kernel[(B * H * x.C, SPLIT)](

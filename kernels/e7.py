@@ -7,14 +7,16 @@ root theta: E7 is the 126 orthogonal to it, and the 56 with inner product 1 are 
     E_alpha v_beta = eps(alpha, beta) v_{alpha + beta},   H_h v_beta = (h, beta) v_beta,
 
 eps the bimultiplicative sign of the E8 lattice. Every E_alpha has 12 entries +-1, E_alpha^2 = 0 and E_{-alpha} =
--E_alpha^T. The positive roots fall into 7 commuting sets along A1 < A2 < A3 < A4 < D5 < E6 < E7. An exponential a set,
+-E_alpha^T. The positive roots fall into 7 commuting sets along A1 < A2 < A3 < A4 < D5 < E6 < E7. With one exponential
+per set,
 
     L(z) = exp(h H) exp(N_1) ... exp(N_7),   N_k = sum of z_alpha E_alpha over set k,   z = (h, z_alpha),
 
 reaches every point of E7(7)/SU(8) once. Weights are ordered along the same chain, so that L is lower triangular.
 
-`e7_coset` builds L, in any float type: the one to compare with. `e7_apply` gives L v without it. Also here, as it is
-the same lattice: `e7_lattice_round`. Sources: Bourbaki, Groupes et algebres de Lie, chapter 6; Conway & Sloane 1982.
+`e7_coset` builds L, in any float type, as the reference. `e7_apply` computes L v without building L. `e7_lattice_round`
+is here too, because it uses the same lattice. Sources: Bourbaki, Groupes et algebres de Lie, chapter 6; Conway &
+Sloane 1982.
 """
 
 from functools import cache
@@ -124,10 +126,10 @@ def e7_coset(z):
 
 @cache
 def e7_hops():
-    """Where N_k moves what: (3, 756) int64: root in its set (+ n of them where the sign is -1), source, target.
+    """The entries of N_k: (3, 756) int64: root in its set (+ n of them where the sign is -1), source, target.
 
-    Sorted by set, then by level: a source's level is how often N_k can have acted to get there, so that one pass over
-    the entries, level by level, does what a power of N_k a time would do in 2 or 3.
+    Sorted by set, then by level. A source's level is how many times N_k can have acted to reach it. One pass over the
+    entries, level by level, gives the same as 2 or 3 passes, one per power of N_k.
     """
     hops, first = [], 0
     for n in SETS:
@@ -146,7 +148,7 @@ def e7_hops():
 class Hop(torch.autograd.Function):
     """N v over these entries of N: y[target] += signed[root] v[source]; v and y (56, m, N), signed (2 n, 1, N).
 
-    Backward gathers again: fresh memory for what autograd would keep costs several times the arithmetic.
+    Backward gathers again: to allocate what autograd would keep takes several times as long as the arithmetic.
     """
 
     @staticmethod
@@ -167,7 +169,7 @@ class Hop(torch.autograd.Function):
 
 
 class TokensFirst(torch.autograd.Function):
-    """(P, m, N) -> (N, m, P), with a gradient whose rows are long runs of memory again: autograd would hand a view."""
+    """(P, m, N) -> (N, m, P), with a gradient whose rows are long runs of memory again: autograd would pass a view."""
 
     @staticmethod
     def forward(ctx, x):
@@ -181,8 +183,8 @@ class TokensFirst(torch.autograd.Function):
 def e7_apply(z, v, hops, cartan):
     """L(z) v without building L: z (..., 70) and v (m, 56) -> (..., m, 56).
 
-    hops and cartan are `e7_hops()` and `e7_cartan()` on z's device, cartan of its type. A vector costs 729 products of
-    gathered rows and one (56, 27) matrix product. Tokens come last inside: a row is then one long run of memory.
+    hops and cartan are `e7_hops()` and `e7_cartan()` on z's device, cartan of its type. The cost per vector is
+    729 products of gathered rows and one (56, 27) matrix product. Inside, tokens come last: a row is then contiguous.
     """
     shape, m = z.shape[:-1], len(v)
     h, *sets = z.flatten(0, -2).mT.contiguous().split((7, *SETS))  # (7, N) and (n, N) each
@@ -207,7 +209,7 @@ def e7_apply(z, v, hops, cartan):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The lattice: E7 = z / sqrt 2, z integer and mod 2 in the [7, 3, 4] code. Minimum norm 2, 126 nearest neighbours,
-# normalised second moment 0.0732306. Nearest point by its 8 cosets of (2 Z)^7, a rounding each.
+# normalised second moment 0.0732306. The nearest point: over the 8 cosets of (2 Z)^7, one rounding each.
 
 # the 8 words: complements of the lines of the Fano plane, {i, i + 1, i + 3} mod 7, and the empty word
 CODE = ((0,) * 7, *(tuple(int((j - i) % 7 not in (0, 1, 3)) for j in range(7)) for i in range(7)))
@@ -221,7 +223,7 @@ def e7_lattice_round(x):
     z = x.to(torch.promote_types(x.dtype, torch.float32)) * 2**0.5
     even = 2 * (z / 2).round()
     odd = 2 * ((z - 1) / 2).round() + 1
-    more = (z - odd).square() - (z - even).square()  # what an odd coordinate costs
+    more = (z - odd).square() - (z - even).square()  # the extra cost of an odd coordinate
     code = torch.tensor(CODE, dtype=torch.bool, device=x.device)
     word = code[(more[..., None, :] * code).sum(-1).argmin(-1)]  # (..., 7)
     return (torch.where(word, odd, even) / 2**0.5).to(x.dtype)

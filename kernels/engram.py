@@ -5,17 +5,18 @@ The memory is read before it is written: o_t = q_t M_{t-1}, then with the key w_
     "hebb":  M_t = decay M_{t-1} + w_t v_t^T
     "delta": M_t = M_{t-1} + w_t (v_t - p_t M_{t-1})^T, p_t the features that read what w_t wrote
     "willshaw": M_t = M_{t-1} or w_t v_t^T over bits; o_t = the bits that all active rows of M_{t-1} share.
-`reference` is the plain loop. `recall` cuts the first two into chunks: inside one, all pairs at once (for "delta" a
-triangular system), between them the state M (B, F, d), so O(T). A features function gives the rows: the keys' bits,
-or, in a small vocabulary, the overlaps of token t with every token to read and its one-hot to write, the same numbers
-with F = V. Bits carry no gradient, values do. The two custom operators take bits alone and have no derivative.
+`reference` is the plain loop. `recall` computes the first two in chunks: inside a chunk, all pairs at once (for "delta"
+a triangular system); between chunks, the state M (B, F, d). So the time is O(T). A features function gives the rows q
+and w. They are the keys' bits, or, with a small vocabulary and F = V, the overlaps of token t with every token (to
+read) and its one-hot vector (to write), with the same results. Values get a gradient, bits do not. The two custom
+operators work on bits only and have no derivative.
 """
 
 import torch
 from torch.nn import functional as F
 
 CHUNK = 64  # tokens whose pairs are taken at once
-GROUP = 16  # bits of which `k_winners` looks at the largest first
+GROUP = 16  # bits per group; `k_winners` takes the maximum of each group first
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference.
@@ -49,7 +50,7 @@ def willshaw_reference(keys, n):
 def recall(ids, features, values, rule="hebb", decay=1.0, store=None):
     """Reads (B, T, d) of tokens ids (B, T), whose values are rows of `values` (U, d); float32 or better.
 
-    features(ids) -> (q, w), (B, T, F) each. store: a dict that holds the memory of the tokens before, and is advanced.
+    features(ids) -> (q, w), (B, T, F) each. store: a dict with the memory of the tokens before; it is updated.
     """
     B, T = ids.shape
     keeps, store = store is not None, store or {}
@@ -69,7 +70,7 @@ def recall(ids, features, values, rule="hebb", decay=1.0, store=None):
 
 
 def chunk(q, w, p, v, M, rule, decay, keeps):
-    """(reads (B, L, d), the memory after the chunk); M None is an empty memory, keeps False leaves it at that."""
+    """(reads (B, L, d), the memory after the chunk); M = None is an empty memory; keeps = False returns None."""
     scores = (q @ w.mT).tril(-1)  # read i of write j < i
     if rule == "delta":
         if M is not None:
@@ -114,7 +115,7 @@ def unpack(words, n):
 
 
 def intersect(words):
-    """What all packed sets (.., m, W) share, (.., W)."""
+    """The bits that all packed sets (.., m, W) have in common, (.., W)."""
     while (m := words.size(-2)) > 1:
         half = words[..., : m // 2, :] & words[..., m // 2 : m // 2 * 2, :]
         words = torch.cat((half, words[..., m - 1 :, :]), -2) if m % 2 else half
@@ -125,7 +126,7 @@ def intersect(words):
 def willshaw(keys: torch.Tensor, before: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """Packed bits recalled by keys (B, T, k), (B, T, n / 64) int64.
 
-    memory (B, n, n / 64) int64 is advanced; before (B, k), the key that came before, or (B, 0).
+    memory (B, n, n / 64) int64 is updated; before (B, k), the key that came before, or (B, 0).
     """
     row, n, out = torch.arange(len(keys), device=keys.device)[:, None], memory.size(1), []
     for key, code in zip(keys.unbind(1), pack(keys, n).unbind(1)):
@@ -146,9 +147,10 @@ def context_winners(
 ) -> torch.Tensor:
     """The k strongest bits (B, T, S, k) of leaky unions u_t = decay u_{t-1} + bits_t, keys (B, T, k), decay (S,).
 
-    field (B, S, n) is u and strongest (B, S, k) its winners, any bits at the start where u = 0; both are advanced.
-    What decays keeps its order, so only the winners before and the new bits can win: 2 k candidates, not n. It goes
-    token by token, whatever the calls. Bits count 1 to 1.05 by their index, so that equals do not tie.
+    field (B, S, n) is u and strongest (B, S, k) its winners, any bits at the start where u = 0; both are updated.
+    Decay keeps the order of the bits, so only the earlier winners and the new bits can win: 2 k candidates, not n. It
+    goes token by token, so the result does not depend on how a sequence is split into calls. Bits count 1 to 1.05 by
+    their index, to break ties.
     """
     B, S, n = field.shape
     k, winners, out = keys.size(2), strongest, []
@@ -157,7 +159,7 @@ def context_winners(
         key = key[:, None].expand(B, S, k)
         field.mul_(decay[:, None]).scatter_add_(-1, key, count[:, None].expand(B, S, k))
         held = field.gather(-1, winners)
-        new = field.scatter_(-1, winners, -1.0).gather(-1, key)  # -1: among the winners already
+        new = field.scatter_(-1, winners, -1.0).gather(-1, key)  # -1: the bit is already among the winners
         field.scatter_(-1, winners, held)
         best = torch.cat((held, new), -1).topk(k, sorted=False).indices
         winners = torch.cat((winners, key), -1).gather(-1, best)
@@ -205,7 +207,7 @@ class SDROperations:
 
     @staticmethod
     def overlap(a, b):
-        """How many bits packed sets a and b share, broadcast."""
+        """How many bits packed sets a and b have in common, broadcast."""
         return SDROperations.count(a & b)
 
     @staticmethod

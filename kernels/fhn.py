@@ -5,17 +5,17 @@ A step solves (1 + L_t) v'_t - L_t v'_{t-1} = r_t with L_t = dt D g_t, r_t = v_t
 gated recurrence along time (scan.py). Then w' = (w + dt eps (v' + a)) / (1 + dt eps b) at each site by itself. All
 sites start at rest, and so does everything before the first token. The output is the deviation of v from rest.
 
-`reference` is the plain loop, in any float type: the one to compare with. The CPU path computes in deviations from
-rest, x = v - REST_V and u = -dt (w - REST_W), where a step reads
+`reference` is the plain loop, in any float type. The CPU path computes in deviations from rest, x = v - REST_V and u =
+-dt (w - REST_W), where a step reads
 
     m_t = 1 / (1 + L_t)        x'_t = x'_{t-1} + m_t (r_t - x'_{t-1})        r_t = dt I_t + u_t + F(x_t)
     F(x) = x + dt ((1 - REST_V^2) x - REST_V x^2 - x^3 / 3)                  u' = p u + Q x' + U
     p = 1 / (1 + dt eps b)     Q = -dt^2 eps p                               U = Q (REST_V + a - b REST_W)
 
-and starts from zeros, so that nothing is lost to a cancellation and the first scan is linear in I. It streams blocks
-of time through buffers that are reused; all steps of a block run while it is in the cache. The backward is written by
-hand: from the last block to the first it recomputes the states from those before each block, and runs the adjoint
-scans. A sequence of one block keeps its states instead. On CUDA the operators call fhn_triton.py.
+and starts from zeros, so that no precision is lost by cancellation and the first scan is linear in I. It streams blocks
+of time through buffers that are reused; all steps of a block run while it is in the cache. The backward pass is written
+by hand. From the last block to the first it recomputes the states of a block from those before it, and runs the adjoint
+scans. A sequence of only one block keeps its states instead. On CUDA the operators call fhn_triton.py.
 """
 
 import math
@@ -55,12 +55,13 @@ def reference(stimulus, conductance, D, a, b, eps, dt, steps, state=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # The PyTorch path.
 #
-# With two steps or more the first one keeps X = x / dt, whose drive is the stimulus itself: one pass less each way.
+# With two steps or more the first one keeps X = x / dt, whose drive is the stimulus itself: this saves one pass forward
+# and one backward.
 # Steps count from 0 here.
 
 
 class Medium:
-    """The parameters as the deviations need them: (C,) each, in the type that sums are kept in."""
+    """The parameters as the deviations need them: (C,) each, in the type that sums are accumulated in."""
 
     def __init__(self, D, a, b, eps, dt, steps, dtype):
         D, self.a, self.b, self.eps = (x.to(dtype) for x in (D, a, b, eps))
@@ -89,7 +90,7 @@ class Medium:
 class Block:
     """One block of sites: its buffers, (B, n, C) each and reused for the next block, and the passes over it.
 
-    states: a buffer a step, in which the block's sites follow the one before it: (B, n + 1, C), or of all sites.
+    states: one buffer per step, in which the block's sites follow the site before it: (B, n + 1, C), or all sites.
     """
 
     def __init__(self, medium, B, n, C, states):
@@ -100,7 +101,7 @@ class Block:
         self.u = new(max(0, self.steps - 2), B, n, C).unbind()
 
     def load(self, conductance, start=0):
-        """start: the place in the states where the block begins."""
+        """start: the position in the states where the block begins."""
         n = conductance.size(1)
         self.m_n, self.base_n, self.r_n, *self.u_n = (x[:, :n] for x in (self.m, self.base, self.r, *self.u))
         sites = [x[:, start : start + n + 1] for x in self.states]
@@ -143,7 +144,7 @@ class Block:
 class Adjoint:
     """The backward of a loaded block with its states: buffers, and the parameters' gradients, summed over blocks.
 
-    lam is the gradient of a step's states, all of their effects counted; r, m lam: that of its drive.
+    lam is the gradient of a step's states, with all of their effects; r = m lam is the gradient of its drive.
     """
 
     def __init__(self, block):
@@ -152,7 +153,7 @@ class Adjoint:
         self.A, self.gx, self.gr, self.later, self.coupling = (new(block.m) for _ in range(5))
         self.gu = new(block.m) if self.steps > 2 else None
         B, _, C = block.m.shape
-        self.ends = block.m.new_zeros(self.steps, B, C)  # what reaches the last site of a block from the next one
+        self.ends = block.m.new_zeros(self.steps, B, C)  # the gradient of the last site of a block from the next block
         self.sums = list(block.m.new_zeros(4, C))  # gradients of dt D, Q, p, U
 
     def run(self, grad, conductance, d_stimulus, d_conductance):
@@ -258,7 +259,7 @@ def torch_backward(grad, stimulus, conductance, D, a, b, eps, dt, steps, carries
 
 
 def one_site(stimulus, conductance, D, a, b, eps, dt, steps, state):
-    """`fhn_propagate` for T = 1: a token of generation, in a few small operations that autograd can follow."""
+    """`fhn_propagate` for T = 1, one token of generation: a few small operations that autograd can differentiate."""
     dtype = sum_dtype(stimulus)
     I, g = stimulus[:, 0].to(dtype), conductance[:, 0].to(dtype)
     D, a, b, eps = (x.to(dtype) for x in (D, a, b, eps))
@@ -284,7 +285,7 @@ def one_site(stimulus, conductance, D, a, b, eps, dt, steps, state):
 
 
 def import_triton():
-    """The CUDA path; not imported elsewhere, because Triton exists on Linux alone and takes a while to import."""
+    """The CUDA path; not imported elsewhere, because Triton exists on Linux only and takes long to import."""
     from kernels import fhn_triton
 
     return fhn_triton
@@ -347,7 +348,7 @@ def fhn_propagate(stimulus, conductance, D, a, b, eps, dt, steps, state=None):
     not be negative, which is not checked; dt > 0.
     state: (B, steps, C), what an earlier call returned for the tokens before these; None where there are none.
     Returns (deviation (B, T, C) of v from REST_V, new_state): new_state holds v of the last site after each step, in
-    float32 or better. Gradients reach everything but the state. ValueError for arguments that do not fit,
+    float32 or better. There are gradients for all inputs but the state. ValueError for arguments that do not fit,
     NotImplementedError for forward-mode inputs, whose tangents would be lost.
     """
     if stimulus.dim() != 3 or 0 in stimulus.shape or not stimulus.is_floating_point():
@@ -408,11 +409,11 @@ class FHNDynamics:
         return v - v**3 / 3 - w
 
     def step(self, v, w, I, dt, coupling=0.0, before=None, imex=True, two_way=False):
-        """(v, w) after dt. v, w (B, T, C); I and coupling, g D, broadcast; before (B, C): v left of the first site.
+        """(v, w) after dt. v, w (B, T, C); I and coupling, g D, broadcast; before (B, C): v before the first site.
 
-        imex: the coupling is implicit, stable for every dt. Otherwise Lambda = dt coupling is cut at 1 and a step
-        carries no further than the next site. two_way (explicit only) couples to the right as well, with no flux at the
-        ends. Without `before` what lies on the left is at rest. ValueError for two_way with imex.
+        imex: the coupling is implicit, stable for every dt. Otherwise Lambda = dt coupling is limited to 1 and a step
+        reaches no further than the next site. two_way (explicit only) couples to the right as well, with no flux at the
+        ends. Without `before` the sites on the left are at rest. ValueError for two_way with imex.
         """
         if imex and two_way:
             raise ValueError("two_way is for the explicit scheme: the implicit one solves along one direction")
@@ -430,7 +431,7 @@ class FHNDynamics:
 
 
 def fhn_bound(dt):
-    """(largest |v|, largest |I| + |w|) for which a step of length dt keeps |v| where it is. dt < 2."""
+    """(largest |v|, largest |I| + |w|) for which a step of length dt keeps |v| within its bound. dt < 2."""
     return 2 * math.sqrt((1 + dt) / dt), 2 / 3 * (2 - dt) / dt * math.sqrt((1 + dt) / dt)
 
 

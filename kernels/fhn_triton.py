@@ -1,21 +1,22 @@
 """
 FitzHugh-Nagumo waves on a GPU: all steps of `fhn.py` in one Triton kernel forward and one backward.
 
-Programs, chunks and rows are those of scan_triton.py: one warp walks over time once and keeps, of each step, the value
+Programs, chunks and rows are those of scan_triton.py: one warp goes over time once and keeps, for each step, the value
 that enters the next chunk. All steps of a chunk run in registers. With deviations x = v - V, u = w - U from rest, at
 which V - V^3 / 3 = U, a step is
 
     r = x + dt (I - u + (1 - V^2) x - V x^2 - x^3 / 3)          x'_t = A_t x'_{t-1} + (1 - A_t) r_t
     u' = (u + dt eps (x' + V + a - b U)) / (1 + dt eps b)
 
-and nothing is lost to a cancellation against rest. `carries` holds the x that enter each chunk. The backward walks
-from the last chunk to the first, recomputes the x of a chunk from them, and solves the adjoint of each step by a
-reverse scan; u is stepped back in place, which its linear equation allows. Each program sums the gradients of the
-parameters of its channels; PyTorch adds up the batch rows, in a fixed order.
+and no precision is lost by cancellation against the rest point. `carries` holds the x that enter each chunk. The
+backward pass goes from the last chunk to the first, recomputes the x of a chunk from them, and solves the adjoint of
+each step by a reverse scan; u is stepped back in place, which is possible because its equation is linear. Each program
+sums the gradients of the parameters of its channels; PyTorch adds up the batch rows, in a fixed order.
 
 Bytes: stimulus and conductance are loaded once and the result stored once, whatever `steps` is: 3 B T C elements, the
-floor; backward 5. `bytes_moved` counts all there is: above the floor are mainly the carries, steps / 32 of a float32 a
-site, forward and backward, for 2 steps 2% of the floor in float32 and 4% in 16 bits (backward 1.3% and 2.5%).
+least possible (the floor); backward 5. `bytes_moved` counts everything. What exceeds the floor is mainly the carries,
+steps / 32 of a float32 per site, forward and backward: for 2 steps 2% of the floor in float32 and 4% in 16 bits
+(backward 1.3% and 2.5%).
 
 TRITON_INTERPRET=1 runs this on a CPU; `python kernels/aot.py` compiles it without a GPU.
 """
@@ -53,7 +54,7 @@ def parameters(D, a, b, eps, channel, C):
 
 @triton.jit
 def couplings(g, left, D, dt, L: tl.constexpr):
-    """A; 1 where there is no site, so that what comes in passes through."""
+    """A; 1 where there is no site, so that the incoming value passes through."""
     rows = ()
     for i in tl.static_range(L):
         x = dt * D * g[i]
@@ -100,7 +101,7 @@ def forward_kernel(
     row, channel, site = place(C, L, W, N)
     D, a, b, eps = parameters(D, a, b, eps, channel, C)
     slow, grow, pull = dt * eps, 1 + dt * eps * b, V + a - b * U
-    owner = (channel < C) & (site == 0)  # one of the lanes that hold the same
+    owner = (channel < C) & (site == 0)  # one of the lanes that hold the same values
     line = channel + tl.zeros((W, N), tl.int32)
     state, new_state = state + row * STEPS * C + line, new_state + row * STEPS * C + line
     carries += row * tl.cdiv(T, L * W) * STEPS * C + line
@@ -129,7 +130,7 @@ def forward_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Backward. y is the gradient of a site's x' that the scan has gathered (scan_triton.py), gx and gu are those of x and u
+# Backward. y is the gradient of a site's x' as accumulated by the scan (scan_triton.py), gx and gu are those of x and u
 # after the step. With L_t = dt D g_t: dr = (1 - A) y and dL = dr (x'_{t-1} - x'_t), which no division needs.
 
 
@@ -186,7 +187,7 @@ def total(x, L: tl.constexpr):
 
 @triton.jit
 def entering(carries, start, channel, C, STEPS: tl.constexpr):
-    """Of each step, the x that enters the chunk at `start`."""
+    """For each step, the x that enters the chunk at `start`."""
     xs = ()
     for s in tl.static_range(STEPS):
         xs = xs + (tl.load(carries + s * C, mask=(channel < C) & (start >= 0), other=0.0),)
@@ -252,7 +253,7 @@ def backward_kernel(
 
 
 def sizes_of(kernel, steps):
-    """The backward keeps the rows of all steps: the more there are, the shorter. Nothing spills up to 8 steps."""
+    """The backward keeps the rows of all steps: more steps, shorter rows. Up to 8 steps nothing spills."""
     L = 8 if kernel is forward_kernel or steps <= 2 else 4 if steps <= 7 else 2
     return {"STEPS": steps, "L": L, "W": CHUNK // L, "N": L}  # W N = 32 lanes
 

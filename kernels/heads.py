@@ -6,11 +6,11 @@ With N tokens, K softmaxes, facets f (C,) and the output embedding e_v, the rows
     logits_k[v] = f_k e_v;   the first softmax has P facets, and token v uses number v mod P
     log p(y) = logsumexp_k(log prior_k + log softmax_k(logits_k)[y])
 
-The gradient of -log p(y), with the responsibility r_k = prior_k softmax_k[y] / p(y), is r_k (softmax_k - onehot_y) by
-logits_k and -r_k by log prior_k. All of it is known once a chunk's logits are, so the forward pass works out the
-gradients and drops the logits: about `chunk` rows of V numbers are alive, where autograd keeps several times K N. It is
-one operator, since a compiler that saw the loop would keep the chunks for its backward graph. `reference` is the plain
-formula, for any float type.
+The gradient of -log p(y), with the responsibility r_k = prior_k softmax_k[y] / p(y), is r_k (softmax_k - onehot_y) with
+respect to logits_k and -r_k with respect to log prior_k. Once a chunk's logits are computed, so are these, and the
+forward pass therefore computes the gradients and frees the logits. About `chunk` rows of V numbers are in memory at
+once, where autograd keeps several times K N. It is one operator, because a compiler that unrolled the loop would keep
+the chunks for its backward graph. `reference` is the plain formula, for any float type.
 """
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 def sum_dtype(x):
-    """What losses and sums over tokens are kept in: float64 stays, everything else is float32."""
+    """The type in which losses and sums over tokens are accumulated: float64 stays, everything else is float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -46,7 +46,7 @@ def mixture_nll(
     facets: torch.Tensor, log_prior: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int,
     with_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-log p(targets): (sum, each (N,), d sum / d facets, / d log_prior, / d weight), gradients empty if not wanted."""
+    """-log p(targets): (sum, each (N,), d sum / d facets, / d log_prior, / d weight), empty if not with_grad."""
     (N, n_facets, _), (V, _), K = facets.shape, weight.shape, log_prior.size(1)
     P, acc = n_facets - K + 1, sum_dtype(weight)
     sizes = [len(range(p, V, P)) for p in range(P)]
@@ -54,7 +54,7 @@ def mixture_nll(
     begin = torch.tensor([0, *ends[:-1]], device=targets.device)  # where the columns of partition p begin
 
     def parts(k):
-        """Of softmax k, whose columns lie partition by partition: a list of (facet, its rows of W, its columns)."""
+        """For softmax k, whose columns are ordered by partition: a list of (facet, its rows of W, its columns)."""
         if k:
             return [(P - 1 + k, weight, slice(0, V))]
         return [(p, weight[p::P], slice(ends[p] - sizes[p], ends[p])) for p in range(P)]
@@ -123,8 +123,8 @@ mixture_nll.register_autograd(differentiate, setup_context=save_for_backward)
 def mixture_cross_entropy(facets, log_prior, weight, targets, chunk):
     """Mean over the targets that are not -1 of -log p, and each token's, without a gradient: (0-d, (N,)), in nats.
 
-    facets (N, P + K - 1, C), log_prior (N, K) that sums to 1, weight (V, C), targets (N,); chunk: rows of logits alive
-    at once, 0 = all. In float32 or better. No valid target: nan, with zero gradients, as F.cross_entropy.
+    facets (N, P + K - 1, C), log_prior (N, K) that sums to 1, weight (V, C), targets (N,); chunk: rows of logits in
+    memory at once, 0 = all. In float32 or better. No valid target: nan, with zero gradients, as F.cross_entropy.
     """
     device = facets.device.type
     if torch.is_autocast_enabled(device):
@@ -138,7 +138,7 @@ def mixture_cross_entropy(facets, log_prior, weight, targets, chunk):
 
 
 def chunked_cross_entropy(x, weight, targets, chunk, per_token=False):
-    """F.cross_entropy(x weight^T, targets) in nats, with at most `chunk` rows of logits alive; 0 = all.
+    """F.cross_entropy(x weight^T, targets) in nats, with at most `chunk` rows of logits in memory; 0 = all.
 
     x (..., C), weight (V, C), targets (...) with -1 where there is nothing to predict. per_token: also each token's
     loss, of the shape of targets, 0 where the target is -1, without a gradient.

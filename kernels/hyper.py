@@ -1,17 +1,18 @@
 """
-Hyper-connections' hot loops: coefficients from the normed streams, Sinkhorn's iteration, mixing and spreading streams.
+Hyper-connections' hot loops: coefficients from the normalised streams, Sinkhorn's iteration, mixing and spreading
+streams.
 
-`reference` is a whole sublayer as formulas, for autograd. Beside it four functions with backwards written by hand:
-`rms_project` z = W x / rms(x); `sinkhorn`, inside with the tokens last, (n, n, N), so that every operation is one on
-long vectors; `mix` h = pre x and r = res x; `spread` r + post f, in place. Streams are n times the residual's memory,
-so what counts is how often they are read or written, and that only x itself is kept for the backward. On a CPU some
-loops go through blocks of tokens that stay in the cache.
+`reference` is a whole sublayer as formulas, for autograd. Four functions have a backward pass written by hand:
+`rms_project` z = W x / rms(x); `sinkhorn`, which inside has the tokens last, (n, n, N), so that every operation works
+on long vectors; `mix` h = pre x and r = res x; `spread` r + post f, in place. Streams take n times the residual's
+memory. So the time depends on how often they are read or written, and only x itself is kept for the backward pass. On a
+CPU some loops go through blocks of tokens that stay in the cache.
 """
 
 import torch
 
 BLOCK = 1 << 18  # elements of the streams in a block: 1 MiB of float32
-LOWEST = -40.0  # least logit relative to its row's maximum: scalings stay within e^40, whose square float32 still holds
+LOWEST = -40.0  # least logit below its row's maximum: scalings stay within e^40, whose square fits float32
 
 
 def reference(x, f, pre, post, res):
@@ -41,17 +42,17 @@ class RMSProject(torch.autograd.Function):
     def backward(ctx, g, dx):
         x, W, z, scale = ctx.saved_tensors
         x_, g_ = x.to(z.dtype), g * scale
-        pull = (g * z).sum(-1, keepdim=True) * scale.square() / -x.size(-1)  # gradient of the norm, along x
+        pull = (g * z).sum(-1, keepdim=True) * scale.square() / -x.size(-1)  # the norm's gradient, along x
         dW = (g_.t() @ x_).to(W.dtype)
         if blocks(x) is None:
             return (dx + x_ * pull + g_ @ W.to(z.dtype)).to(x.dtype), dW, None
-        return dx.addcmul_(x_, pull).addmm_(g_, W.to(z.dtype)), dW, None  # nobody else has seen dx: see `rms_project`
+        return dx.addcmul_(x_, pull).addmm_(g_, W.to(z.dtype)), dW, None  # dx has no other user: see `rms_project`
 
 
 def rms_project(x, W, eps=1e-6):
     """W x / sqrt(mean(x^2) + eps), (N, k), of x (N, D) and W (k, D), in float32 or better, under autocast too; and x.
 
-    Give that second x to `mix`: the gradient that comes back from there is added to in place, which saves two passes.
+    Pass the returned x to `mix`: the gradient that comes back from there is added to in place, which saves two passes.
     """
     with torch.autocast(x.device.type, enabled=False):
         return RMSProject.apply(x, W, eps)
@@ -61,7 +62,7 @@ def rms_project(x, W, eps=1e-6):
 def sinkhorn_forward(logits: torch.Tensor, iters: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """P = u K v and K of logits (n, n, N), and the scalings u of rows and v of columns, (iters, n, N), for backward.
 
-    One operation to a compiler: unrolled, a model's iterations are thousands.
+    This is one operation for a compiler: unrolled, the iterations of a model would be thousands of operations.
     """
     K = (logits - logits.amax(1, keepdim=True)).clamp_(min=LOWEST).exp_()
     us, vs, v = [], [], torch.ones_like(K[0])
@@ -83,7 +84,7 @@ def sinkhorn_backward(g: torch.Tensor, K: torch.Tensor, us: torch.Tensor, vs: to
     """dL/dlogits from g = dL/dP, by the chain rule through every scaling, last to first."""
     gK, one = g * K, torch.ones_like(vs[0])
     du, dv = (gK * vs[-1]).sum(1), (gK * us[-1][:, None]).sum(0)
-    pull = torch.zeros_like(K)  # dL/dK by way of the scalings
+    pull = torch.zeros_like(K)  # dL/dK through the scalings
     for u, v, before in reversed(list(zip(us, vs, (one, *vs[:-1])))):
         dc = dv * v * -v  # v = 1 / c, c = K' u
         du = (K * dc).sum(1).add_(du)
@@ -107,7 +108,7 @@ sinkhorn_forward.register_autograd(
 def sinkhorn(logits, iters):
     """exp(logits), its rows and then its columns divided by their sums, `iters` times: (..., n, n) -> the same.
 
-    The result's columns sum to 1 to rounding, its rows nearly; it is a view with the matrices' entries far apart.
+    The result's columns sum to 1 to rounding, its rows nearly; it is a view whose matrices are not contiguous.
     """
     n = logits.size(-1)
     P = sinkhorn_forward(logits.reshape(-1, n, n).permute(1, 2, 0).contiguous(), iters)[0]
@@ -119,7 +120,7 @@ def sinkhorn(logits, iters):
 
 
 def blocks(x):
-    """Slices of tokens to work through, or None where one matrix product over all of them is better."""
+    """Slices of tokens to process in turn, or None where one matrix product over all of them is better."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != wide(x):
         return None
     step = max(1, BLOCK // x[0].numel())
@@ -153,7 +154,7 @@ class Mix(torch.autograd.Function):
             x_, dh, dr = x.to(pre.dtype), dh.to(pre.dtype), dr.to(pre.dtype)
             dx = torch.baddbmm(pre[..., None] * dh[:, None], res.mT, dr)
             return dx.to(x.dtype), (x_ @ dh[..., None])[..., 0], dr @ x_.mT
-        dx = (res.mT.contiguous() @ dr).addcmul_(pre[..., None], dh[:, None])  # far entries would go one by one
+        dx = (res.mT.contiguous() @ dr).addcmul_(pre[..., None], dh[:, None])  # else entry by entry
         dpre = torch.empty_like(pre)
         for s in steps:
             torch.sum(x[s] * dh[s, None], -1, out=dpre[s])

@@ -7,11 +7,11 @@ of a parallelogram, two triangles of corners d, e, f with solid angle 2 atan2(V,
 D = |d||e||f| + (d e)|f| + (e f)|d| + (f d)|e|. Both have the same V and together less than 2 pi, so one atan2, of the
 product (D1 + iV)(D2 + iV), gives their sum.
 
-Three things make it cheap. By Stokes, the area's derivative lives on its border: 4 (n - 1) arcs instead of (n - 1)^2
-quadrilaterals. The linking numbers of all strands with all strands need no area at all: in a projection they are half
-the sum of the crossings' signs, and which side of a line a point lies on, and which of two lines passes in front, are
-matrix products in float64. And where the closed curves' linking number is known, the open ones' integral is that
-less the part of the closing chords, 2 n - 1 quadrilaterals.
+Three things make it cheap. By Stokes' theorem, the area's derivative is a sum over its border: 4 (n - 1) arcs instead
+of (n - 1)^2 quadrilaterals. The linking numbers of all strands with all strands need no area at all. In a projection
+they are half the sum of the crossings' signs, and matrix products in float64 show on which side of a line a point lies
+and which of two lines passes in front. Where the linking number of the closed curves is known, the integral of the open
+ones is this number minus the part of the closing chords, 2 n - 1 quadrilaterals.
 """
 
 import math
@@ -19,7 +19,7 @@ import math
 import torch
 
 CHUNK = 1 << 18  # pairs of segments of strand_links at a time: 2 MiB a matrix, so that they stay in the cache
-SHARPEST = 1e-4  # in the gradient, 1 + cos of the angle that an arc spans is taken to be at least this,
+SHARPEST = 1e-4  # limits of the gradient: 1 + cos of the angle that an arc spans is taken to be at least this,
 NEAREST = 1e-3  # and a distance at least this part of the pair's mean distance
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def cross(p, q):
 def half_angles(a, b):
     """Half the solid angle of each pair of segments of chains a (3, n, N), b (3, m, N): (n - 1, m - 1, N).
 
-    Segments that lie in one plane, up to rounding, have 0: so do those that meet.
+    Segments that lie in one plane, up to rounding, give 0, and so do segments that meet.
     """
     d = b[:, None] - a[:, :, None]  # (3, n, m, N)
     r = dot(d, d).sqrt()
@@ -112,7 +112,7 @@ def border(n, m, device):
 def gauss_linking_integrals(a, b, links=None):
     """Gauss integrals of open chains a (..., n, 3) and b (..., m, 3), broadcast: (...), in float32 or better.
 
-    links, if they are known: the linking numbers of the same curves, closed (...); the same result for less work.
+    links: the linking numbers (...) of the same curves, closed, if they are known; the same result for less work.
     Differentiable. Gradients are finite everywhere: capped where the end of one chain comes close to the other chain.
     Where the chains pass through each other the value jumps by 1, and the gradient is that of either side.
     """
@@ -123,7 +123,7 @@ def gauss_linking_integrals(a, b, links=None):
 def linking_numbers(a, b):
     """Linking numbers of closed polygons a (..., n, 3) and b (..., m, 3), broadcast: (...) int64, by float64.
 
-    The closing edge is added.
+    The closing edge is added to each polygon.
     """
     p, q, _, batch = side_by_side(*(torch.cat((x, x[..., :1, :]), -2).double() for x in (a, b)))
     return (half_angles(p, q).sum((0, 1)) / (2 * math.pi)).round().long().reshape(batch)
@@ -132,7 +132,7 @@ def linking_numbers(a, b):
 # ---------------------------------------------------------------------------------------------------------------------
 # Linking numbers of all strands with all strands, by signed crossings. Inside, vertex i of strand c is row i C + c.
 
-# A rotation under which nothing that a person writes down lines up.
+# A rotation after which coordinates chosen by hand are in general position.
 VIEW = (
     (-0.3526948830889485, -0.9138952049797814, -0.20100217351520328),
     (0.6005878869772093, -0.056364288167503496, -0.7975695938509825),
@@ -141,11 +141,11 @@ VIEW = (
 
 
 def lines(strands):
-    """Of the segments of closed strands (N, C, n, 3), rows (N, n C, .): first vertex, line in a picture and in space.
+    """For the segments of closed strands (N, C, n, 3), rows (N, n C, .): first vertex, line in a picture and in space.
 
     A picture is a projection along one axis: a vertex (x, y, 1) lies left of a line (u, v, w) iff u x + v y + w > 0. A
     line in space is (e, p x e), unit direction and moment; with (q x f, f) of another its product is -det(q - p, e, f),
-    how far the lines pass each other by the sine of their angle. Last comes what of that may be rounding.
+    the distance of the lines times the sine of their angle. The last value bounds the rounding error of this product.
     """
     view = torch.tensor(VIEW, dtype=torch.float64, device=strands.device)
     p = (strands.double() @ view).transpose(1, 2)  # (N, n, C, 3)
@@ -210,7 +210,7 @@ def gauss_linking_integral(a, b):
 
 
 def as_curves(*curves):
-    """Curves in float64, refused if they are none."""
+    """Curves in float64; ValueError for anything else."""
     curves = [torch.as_tensor(x, dtype=torch.float64).detach() for x in curves]
     for x in curves:
         if x.dim() != 2 or x.size(1) != 3 or x.size(0) < 1 or not x.isfinite().all():

@@ -1,9 +1,10 @@
 """
-The oscillating activation y = sin(omega x + phi) tanh(x) + baseline, elementwise, with a row of parameters a feature.
+The oscillating activation y = sin(omega x + phi) tanh(x) + baseline, elementwise, with one row of parameters per
+feature.
 
-`reference` is the formula, for autograd. `oscillate` is the same function with a backward written by hand: it keeps x
-and the sine, makes the tanh from a sigmoid (six times faster than torch.tanh on a CPU, the same to 1e-7), and on a CPU
-works through blocks of rows that stay in the cache. Arithmetic is in float32 or better whatever the type of x.
+`reference` is the formula, for autograd. `oscillate` is the same function with a backward pass written by hand. It
+keeps x and the sine, computes the tanh from a sigmoid (six times faster than torch.tanh on a CPU, the same to 1e-7),
+and on a CPU goes through blocks of rows that stay in the cache. Arithmetic is in float32 or better for any type of x.
 
 With u = omega x + phi and t = tanh x, dy/dx = omega cos(u) t + sin(u) (1 - t^2), dy/dphi = cos(u) t, and dy/domega is x
 times that.
@@ -11,7 +12,7 @@ times that.
 
 import torch
 
-BLOCK = 1 << 18  # elements of a block: 1 MB of float32, what a core's own cache holds
+BLOCK = 1 << 18  # elements of a block: 1 MB of float32, the size of a core's own cache
 
 
 def reference(x, omega, phi, baseline):
@@ -43,7 +44,7 @@ def backward_block(g, x, s, omega, phi, learns):
 
 
 def by_blocks(function, tensors, *others):
-    """function(*tensors, *others) for tensors (N, h), through blocks of rows where that helps."""
+    """function(*tensors, *others) for tensors (N, h), in blocks of rows where that is faster."""
     N, h = tensors[0].shape
     if torch.compiler.is_compiling() or tensors[0].device.type != "cpu" or N * h < 2 * BLOCK:
         return function(*tensors, *others)

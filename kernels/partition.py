@@ -1,9 +1,10 @@
 """
 Partitions: split numbers into k groups of nearly equal sums by the largest differencing method.
 
-The two partial partitions with the largest spread become one, the largest sum of either joined to the smallest of the
-other, and so on, until one is left. Exact: float64 values are integers over a common power of two. Cost: O(n k log n)
-in Python. Source: Karmarkar & Karp 1982; k ways as in Michiels et al. 2003.
+The two partial partitions with the largest spread are merged into one: the largest sum of one with the smallest sum of
+the other, the second largest with the second smallest, and so on. This is repeated until one is left. Exact: float64
+values are integers over a common power of two. Cost: O(n k log n) in Python. Source: Karmarkar & Karp 1982; k ways as
+in Michiels et al. 2003.
 """
 
 import heapq

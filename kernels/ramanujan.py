@@ -1,6 +1,6 @@
 """
 Ramanujan sums c_q(n), the sum of e^(2 pi i n k / q) over the units k of q, and the table of positions made of them:
-columns for each prime power q = 2, 3, 4, 5, 7, ..., 23, from which n is known by its residues. Source: Ramanujan 1918.
+columns for each prime power q = 2, 3, 4, 5, 7, ..., 23, which determine n through its residues. Source: Ramanujan 1918.
 """
 
 import math
@@ -45,5 +45,5 @@ def ramanujan_table(block_size):
         angle = 2 * math.pi / q * (n[:, None] * units % q).double()
         waves = (angle.cos(), angle.sin()) if q > 2 else (angle.cos(),)  # sin(pi n) is 0
         columns += [part * (q * phi) ** -0.5 for part in (*waves, ramanujan_sum(q, n)[:, None])]
-        size += (max(phi / 2, 1) + phi) / (q * phi)  # mean over n of the squares of these
+        size += (max(phi / 2, 1) + phi) / (q * phi)  # mean over n of the sum of squares of these columns
     return (torch.cat(columns, dim=1) * size**-0.5).float()

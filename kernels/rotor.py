@@ -1,5 +1,5 @@
 """
-Rotors of Spin(8): rotations of 8 dimensions as products of 28 plane rotations, and how they act on antisymmetric pairs.
+Rotors of Spin(8): rotations of 8 dimensions as products of 28 plane rotations, and their action on antisymmetric pairs.
 """
 
 import torch
@@ -36,7 +36,7 @@ def rotation(angles):
 
 
 def rotate_pairs(R, v):
-    """R X R^T for the antisymmetric X above whose diagonals v (m, 56) lies, two each: R (..., 64) -> (..., 56 m)."""
+    """R X R^T for antisymmetric X with v (m, 56) above the diagonal, two X per row: R (..., 64) -> (..., 56 m)."""
     shape, (i, j) = R.shape[:-1], torch.triu_indices(8, 8, 1, device=R.device)
     X = v.new_zeros(len(v) * 2, 64).index_copy(1, 8 * i + j, v.reshape(-1, 28)).view(-1, 8, 8)
     R = R.flatten(0, -2).mT.unflatten(0, (8, 8))  # (8, 8, N): tokens last, as `rotation` left them

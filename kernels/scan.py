@@ -1,12 +1,12 @@
 """
 Gated linear recurrence along time: h_t = A_t h_{t-1} + b_t for (B, T, C), each channel by itself.
 
-`reference` is the plain loop, in any float type: the one to compare with. The CPU path streams fixed-size blocks of
-time. A block is cut into chunks of a few positions, and an operation handles one position of all chunks, batch rows
-and channels at once (`ChunkedScan`): once up, to the value each chunk would end with if nothing came in and to the
-product of its A; then a scan over these ends, which is the same problem, smaller (`Level`); then once down, from the
-true value before each chunk. That is O(T) work in about 8 log_4(T) operations a block, large enough to be worth
-their calls. The products of A underflow harmlessly: nothing is divided by them. On CUDA the operators call
+`reference` is the plain loop, in any float type. The CPU path streams fixed-size blocks of time. A block is cut into
+chunks of a few positions, and an operation handles one position of all chunks, batch rows and channels at once
+(`ChunkedScan`): once up, to the product of A of each chunk and to the value with which the chunk would end after a zero
+state; then a scan over these end values, which is the same problem, but smaller (`Level`); then once down, from the
+true value before each chunk. This is O(T) work in about 8 log_4(T) operations per block, each large compared with the
+cost of its call. The products of A underflow harmlessly: nothing is divided by them. On CUDA the operators call
 scan_triton.py.
 """
 
@@ -16,7 +16,7 @@ from torch.autograd.forward_ad import unpack_dual
 BLOCK = 400_000  # elements of a block, over batch rows, time and channels: a few such buffers fit in the last cache
 STEP = 64  # blocks are multiples of this many positions, where T allows
 CHUNK = 4  # positions
-LANES = 5_000  # elements from which an operation is long against its call, about 1.5 us
+LANES = 5_000  # elements from which an operation takes long compared with its call, about 1.5 us
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference.
@@ -36,14 +36,14 @@ def reference(A, b, h0=None):
 
 
 def chunk_length(n, lanes):
-    """Items of a chunk in a scan over n items of `lanes` elements; all n where one after the other is as fast."""
+    """Items per chunk in a scan over n items of `lanes` elements; n where a plain loop is as fast."""
     return n if n <= 2 * CHUNK or lanes >= LANES else CHUNK
 
 
 class Level:
     """An inclusive scan over n items of (B, C) in place, forwards or backwards, in buffers of its own.
 
-    The caller fills `A` and `b` (B, n, C), and `first` or `last` with the value that comes in; afterwards b holds the
+    The caller fills `A` and `b` (B, n, C), and `first` or `last` with the incoming value; afterwards b holds the
     states, `before` those before each item, `after` those after it.
     """
 
@@ -200,7 +200,7 @@ def blocks(T, length):
 
 
 class Stage:
-    """Blocks of a tensor in the type that sums are kept in, contiguous along C: views where it is so already."""
+    """Blocks of a tensor in the type of the sums, contiguous along C: views where this holds already."""
 
     def __init__(self, x, length, dtype):
         self.x = x
@@ -221,7 +221,7 @@ class Stage:
 
 
 def sum_dtype(x):
-    """What is computed in: float64 stays, everything else is float32."""
+    """The type to compute in: float64 stays, everything else is float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -273,7 +273,7 @@ def torch_backward(grad, A, h, h0):
 
 
 def import_triton():
-    """The CUDA path; not imported elsewhere, because Triton exists on Linux alone and takes a while to import."""
+    """The CUDA path; not imported elsewhere, because Triton exists on Linux only and takes long to import."""
     from kernels import scan_triton
 
     return scan_triton
@@ -331,7 +331,7 @@ def gated_scan(A, b, h0=None):
         raise ValueError(f"h0 must be {(B, C)} {A.dtype}, not {tuple(h0.shape)} {h0.dtype}")
     if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (A, b, h0)):
         raise NotImplementedError("gated_scan has no forward-mode derivative: use reference(...)")
-    if T == 1 and not A.is_cuda:  # a token of generation: autograd follows it
+    if T == 1 and not A.is_cuda:  # one token of generation: autograd differentiates it
         dtype = sum_dtype(A)
         return torch.addcmul(b[:, 0].to(dtype), A[:, 0].to(dtype), h0.to(dtype))[:, None].to(A.dtype)
     return scan_op(A, b, h0)

@@ -1,15 +1,16 @@
 """
-The gated recurrence h_t = A_t h_{t-1} + b_t on a GPU: Triton kernels, the maths and arguments of `scan.py`.
+The gated recurrence h_t = A_t h_{t-1} + b_t on a GPU: Triton kernels, with the mathematics and arguments of `scan.py`.
 
-A program is one warp; it owns a batch row and N channels, and walks over time once, chunk by chunk. A chunk is W
+A program is one warp. It owns a batch row and N channels, and goes over time once, chunk by chunk. A chunk is W
 neighbouring segments of L positions: each of the warp's 32 lanes has one segment of one channel, its L positions as a
 tuple of L tiles (W, N), so nearly all of a scan is plain arithmetic on registers. Only the W ends pass from lane to
 lane, by shuffles: no shared memory, no barrier, no atomics, bit-equal runs. The next chunk is loaded while this one is
 solved. fhn_triton.py is built from the same parts.
 
-Bytes: forward and backward load each input once and store each result once. `bytes_moved` counts all of it; above the
-floor, 3 B T C elements forward and 5 backward, is one row: 1 part in 3 T or in 5 T. 16-bit rows of N = 8 channels are
-half a sector of 32 bytes, whose other half the neighbouring program should find in the L2 cache.
+Bytes: forward and backward load each input once and store each result once. `bytes_moved` counts everything. The least
+possible (the floor) is 3 B T C elements forward and 5 backward; only one row exceeds it, 1 part in 3 T or in 5 T.
+16-bit rows of N = 8 channels are half a sector of 32 bytes, whose other half the neighbouring program should find in
+the L2 cache.
 
 TRITON_INTERPRET=1 runs this on a CPU; `python kernels/aot.py` compiles it without a GPU.
 """
@@ -47,7 +48,7 @@ def scan(A, b, carry, L: tl.constexpr, REVERSE: tl.constexpr = False):
     neighbour = tl.minimum(segment + 1, W - 1) if REVERSE else tl.maximum(segment - 1, 0)
     x = tl.where(first, carry, tl.gather(x, neighbour, 0))
     values, befores = (), ()
-    for i in tl.static_range(L):  # once more, now with what comes into the segment
+    for i in tl.static_range(L):  # once more, now with the value that enters the segment
         befores = befores + (x,)
         x = A[i] * x + b[i]
         values = values + (x,)
@@ -68,7 +69,7 @@ def place(C, L: tl.constexpr, W: tl.constexpr, N: tl.constexpr):
 def chunk_at(start, row, channel, site, T, C):
     """Where the segments of the chunk at `start` begin in (B, T, C), and how many of their rows there are; (W, N) both.
 
-    A negative start is no chunk. The callers move `start` by a minimum or maximum: if by a plain sum, LLVM would keep
+    A negative start means no chunk. The callers move `start` by a minimum or maximum: with a plain sum LLVM would keep
     a pointer for each row of each tensor in registers.
     """
     at = row * T * C + tl.cast(start, tl.int64) * C + site * C + channel
@@ -92,7 +93,7 @@ def put(x, rows, at, left, C, L: tl.constexpr):
 
 @triton.jit
 def passing(A, left, L: tl.constexpr):
-    """A, and 1 where there is no position: with b = 0 what comes in passes through."""
+    """A, and 1 where there is no position: with b = 0 the incoming value passes through."""
     rows = ()
     for i in tl.static_range(L):
         rows = rows + (tl.where(i < left, A[i], 1.0),)

@@ -1,11 +1,12 @@
 """
-Sums of wavelets with their own place and width: psi(u), u = (x - t) / s, passed as u = a x + b, a = 1/s, b = -t/s.
+Sums of wavelets with their own position and width: psi(u), u = (x - t) / s, passed as u = a x + b, a = 1/s, b = -t/s.
 
-`wavelet_bank`: one wavelet function a channel, y_i = silu(x_i) + sum_k m_ki psi(a_ki x_i + b_ki). `wavelet_edges`: one
-an edge, y_o = sum_i w_oi psi(a_oi x_i + b_oi), the layer of Wav-KAN, whose (tokens, out, in) tensor never exists: both
-go through it in chunks that fit a CPU core's cache, and the backward computes each chunk again from x.
+`wavelet_bank`: one function per channel, y_i = silu(x_i) + sum_k m_ki psi(a_ki x_i + b_ki). `wavelet_edges`: one
+wavelet per edge, y_o = sum_i w_oi psi(a_oi x_i + b_oi), the layer of Wav-KAN. Its (tokens, out, in) tensor is never
+stored: both functions compute chunks that fit a CPU core's cache, and the backward pass computes each chunk again from
+x.
 
-`bank_reference` and `edges_reference` are the formulas as they stand, in any float type: the ones to compare with.
+`bank_reference` and `edges_reference` are the plain formulas, in any float type, to compare with.
 """
 
 import math
@@ -27,13 +28,13 @@ def bank_reference(x, m, a, b, kind):
 
 
 def edges_reference(x, w, a, b, kind):
-    """x (..., I); w, a, b (O, I). Returns (..., O), differentiable by autograd, with O I numbers a token."""
+    """x (..., I); w, a, b (O, I). Returns (..., O), differentiable by autograd, with O I numbers per token."""
     return (w * WAVELETS[kind](x.unsqueeze(-2) * a + b)).sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One chunk, in place. The Gaussian is taken as 2^p with p = -v^2, v = SCALE u, because exp2 is three times as fast as
-# exp on a CPU. Up to FACTOR, which the callers put into the weights, with k = 2 ln 2:
+# exp on a CPU. Except for FACTOR, which the callers multiply into the weights, with k = 2 ln 2:
 #   mex: psi = (1 + k p) 2^p, psi' = -k v (psi + 2 2^p)    dog: psi = v 2^p, psi' = (1 + k p) 2^p
 #   morlet: psi = cos(w v) 2^p, psi' = -w sin(w v) 2^p - k v psi
 # Both are linear in 2^p: given g 2^p for it, they return g psi and g psi'. Derivatives are those by v.
@@ -42,7 +43,7 @@ SCALE = math.sqrt(0.5 / math.log(2))
 SLOPE = 2 * math.log(2)
 FACTOR = {"mex": MEX, "dog": -1 / SCALE, "morlet": 1.0}
 OMEGA = 5 / SCALE
-CHUNK = {"cpu": 1 << 17, "cuda": 1 << 24}  # numbers in a buffer; there are four of them
+CHUNK = {"cpu": 1 << 17, "cuda": 1 << 24}  # numbers per buffer; there are four buffers
 
 
 def gaussian(x, a, b, v, p, e):
@@ -62,7 +63,7 @@ def value(kind, v, p, e, out):
 
 
 def slope(kind, v, p, e, psi):
-    """psi' given psi, written over psi; p and e are used up."""
+    """psi' from psi, written over psi; p and e are overwritten."""
     if kind == "mex":
         return psi.add_(e, alpha=2).mul_(v).mul_(-SLOPE)
     if kind == "dog":
@@ -72,18 +73,18 @@ def slope(kind, v, p, e, psi):
 
 
 def sum_dtype(x):
-    """What chunks are computed in: float32, or float64 for float64."""
+    """The type in which chunks are computed: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def prepared(x, w, a, b, kind):
-    """x as rows, w, a and b with the constants of this file put into them, all in the type of the sums."""
+    """x as rows, w, a and b multiplied by the constants of this file, all in the type of the sums."""
     x, w, a, b = (y.to(sum_dtype(x)) for y in (x, w, a, b))
     return x.reshape(-1, x.size(-1)), w * FACTOR[kind], a * SCALE, b * SCALE
 
 
 class Buffers:
-    """Scratch that every chunk uses again: `views(*shape)` gives them in a chunk's shape."""
+    """Buffers that every chunk reuses: `views(*shape)` gives them in a chunk's shape."""
 
     def __init__(self, x, count, size):
         self.flat = x.new_empty(count, size)
@@ -184,7 +185,7 @@ def edges_backward(grad, x, w, a, b, kind):
         gaussian(xc, a[o:o_end, None], b[o:o_end, None], v, p, e)
         dw[o:o_end] += value(kind, v, p, e.mul_(gc), out=psi).sum(1)
         rise = slope(kind, v, p, e, psi)
-        for row, weight in zip(rise, wa[o:o_end]):  # a sum over the outputs would read and write more
+        for row, weight in zip(rise, wa[o:o_end]):  # one sum over the outputs would read and write more
             dx[n:n_end].addcmul_(row, weight)
         db[o:o_end] += rise.sum(1)
         da[o:o_end] += rise.mul_(xc).sum(1)

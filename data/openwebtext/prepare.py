@@ -2,8 +2,9 @@
 Makes data/openwebtext: 8,013,769 documents, about 9 billion GPT-2 tokens (17 GB), streamed, in constant memory.
 
 Documents are read one after another, tokenised in worker processes and appended to train.bin.tmp and val.bin.tmp, each
-followed by the end-of-text id. progress.json records how far the disk has it; a run that was killed at any instant goes
-on from there, and ends with the same bytes as one that was not. --text_file sends a local file down the same path.
+followed by the end-of-text id. progress.json records how much is safely on the disk. If a run is killed at any moment,
+the next one continues from there and ends with the same bytes as a run that was never killed. --text_file reads a local
+file instead.
 """
 
 import glob
@@ -36,12 +37,12 @@ SPLITS = ("train", "val")
 
 @dataclass
 class PrepareConfig:
-    text_file: str | None = None  # a local file instead: .jsonl (field "text"), else text (a document a paragraph)
+    text_file: str | None = None  # a local file instead: .jsonl (field "text"), else text (one document per paragraph)
     tokenizer: str = "gpt2"  # gpt2 or byte
     val_share: float = 0.0005  # probability of a document to go to the val split
     limit: int | None = None  # stop after so many documents
     num_proc: int = min(os.cpu_count() or 1, 16)  # worker processes; 1: none, tokenise in this one
-    save_every: int = 5000  # documents between two saves of the progress: what a kill can lose
+    save_every: int = 5000  # documents between two saves of the progress: the most that a kill can lose
     revision: str = "main"  # branch, tag or commit of the Hugging Face repository
     out_dir: str | None = None  # where the data set goes; None: the script's folder
     restart: bool = False  # throw an unfinished run's work away
@@ -129,7 +130,7 @@ def batches(texts, digest):
 
 
 def skip_done(texts, progress):
-    """Read past the documents that an earlier run wrote, making sure that they are the same ones."""
+    """Read past the documents that an earlier run wrote, checking that they are the same."""
     digest = ""
     for text in islice(texts, progress.documents):
         digest = extend(digest, text)
@@ -148,8 +149,8 @@ def encode(tokenizer, batch):
 
 
 def serve(connection, name):
-    """A worker process: answers each batch with its encoding, until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    """A worker process: sends back the encoding of each batch, until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     tokenizer = corpus.build_tokenizer(name)
     try:
         while True:
@@ -161,8 +162,8 @@ def serve(connection, name):
 class Workers:
     """Processes that take turns, each with a pipe of its own and one batch at a time.
 
-    So batches come back in order, neither side ever waits for the other to read, and a worker's death is the end of its
-    pipe: in a pool it can leave half a result in the pipe that all share, and everybody waits.
+    So batches come back in order, neither side ever waits for the other to read, and when a worker dies its pipe ends.
+    In a pool, a worker that dies can leave half a result in the pipe that all share, and all the others wait.
     """
 
     def __init__(self, config):
@@ -198,7 +199,7 @@ class Workers:
 
 
 def encoded(batches, config):
-    """Yield (encoded documents, digest) in order. A batch a worker is in memory, however slow the disk."""
+    """Yield (encoded documents, digest) in order. One batch per worker is in memory, however slow the disk."""
     if config.num_proc == 1:
         tokenizer = corpus.build_tokenizer(config.tokenizer)
         for batch, digest in batches:
@@ -222,7 +223,7 @@ def encoded(batches, config):
 
 @dataclass
 class Progress:
-    """How far the disk has it."""
+    """How much is safely on the disk."""
 
     settings: dict
     documents: int = 0
@@ -258,7 +259,7 @@ def is_val(index, share):
 
 
 def open_bin(file, size):
-    """`file` for appending, cut back to the `size` bytes that progress.json vouches for."""
+    """`file` for appending, cut to the `size` bytes that progress.json records."""
     have = file.stat().st_size if file.exists() else 0
     if have < size:
         raise DataError(f"{file} has {have} bytes, progress.json says {size}; start over with --restart")
@@ -269,7 +270,7 @@ def open_bin(file, size):
 
 
 def save(progress, bins, out_dir):
-    """Bring the bins to the disk, then say so."""
+    """Flush the bins to the disk, then write progress.json."""
     for f in bins.values():
         f.flush()
         os.fsync(f.fileno())
@@ -289,7 +290,7 @@ def progress_bar(config, progress):
 def tokenise(config, progress, out_dir):
     """Append all that is left of the source to the temporary bins."""
     stream = documents(config)
-    first = list(islice(stream, 1))  # connects: nothing is shown or made before that works
+    first = list(islice(stream, 1))  # connects: nothing is printed or written before that works
     if not first:
         raise DataError(f"{config.source} holds no documents")
     texts = islice(chain(first, stream), config.limit)
@@ -333,7 +334,7 @@ def main():
     with configurator.one_line_errors("prepare.py", DataError, OSError):
         config = configurator.read(sys.argv[1:], PrepareConfig, doc=__doc__).build(PrepareConfig)
         out_dir = Path(config.out_dir) if config.out_dir else HERE
-        tokenizer = corpus.build_tokenizer(config.tokenizer)  # here first: it may have to be fetched
+        tokenizer = corpus.build_tokenizer(config.tokenizer)  # in this process first: it may have to be downloaded
         out_dir.mkdir(parents=True, exist_ok=True)
         progress = Progress.load(out_dir, config.settings, config.restart)
         if progress.documents:

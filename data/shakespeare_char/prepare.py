@@ -1,4 +1,4 @@
-"""Makes data/shakespeare_char: tiny Shakespeare, one token a character (65 symbols, 1,003,854 + 111,540 tokens)."""
+"""Makes data/shakespeare_char: tiny Shakespeare, one token per character (65 symbols, 1,003,854 + 111,540 tokens)."""
 
 import sys
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from data import corpus  # noqa: E402
 
 @dataclass
 class Tokenizer:
-    """Prepare data/shakespeare_char: Shakespeare's lines, one token a character."""
+    """Prepare data/shakespeare_char: Shakespeare's lines, one token per character."""
 
     tokenizer: str = "char"  # char, gpt2, byte or sentencepiece
 
