@@ -72,7 +72,14 @@ class GPTConfig:
     bias: bool = True  # biases in linear layers and layer norms, as in GPT-2; False is a bit better and faster
     # -- model controls -----------------------------------------------------------------------------------------------
     mlp_act: Literal["gelu", "gelu_tanh", "relu2"] = "gelu"  # exact (nanoGPT) | OpenAI's GPT-2 | squared ReLU
-    pos_embedding: Literal["learned", "none", "ramanujan"] = "learned"  # a row per position | none | a fixed table
+    pos_embedding: Literal["learned", "rope", "none", "ramanujan"] = (
+        "learned"  # one row per position | rotary | - | fixed
+    )
+    norm: Literal["layer", "rms"] = "layer"  # layer norm | RMSNorm without gain
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys, whose scores are then scaled by 1.44 / sqrt(hs)
+    emb_norm: bool = False  # RMSNorm after the embedding
+    zero_init_proj: bool = False  # the output projections of sublayers start at 0
+    logit_softcap: float = 0.0  # c > 0: logits c tanh(logits / c), which lie in (-c, c); 0 = off
     # -- token mixers -------------------------------------------------------------------------------------------------
     attn_mode: str = "softmax"  # "softmax" | "sigmoid" (weights that need not sum to 1) | "fhn" (waves) | "kaufmann"
     use_kaufmann_attention: bool = False  # the same as attn_mode="kaufmann"
@@ -262,6 +269,11 @@ class GPTConfig:
         return any(getattr(mixer, trait, False) for mixer in mixers for trait in traits)
 
     @property
+    def rotates(self):
+        """Whether queries and keys are rotated by their positions."""
+        return self.use_ferope or self.pos_embedding == "rope"
+
+    @property
     def has_anchors(self):
         """Whether cells around anchors are drawn."""
         return self.use_block_sparse or self.ferope_anchor_relative or self.use_region_feedback or self.has_region_slate
@@ -287,6 +299,7 @@ class GPTConfig:
 RANGES = {  # flags: the interval of their values; nan lies in none
     "block_size vocab_size n_layer n_head n_embd": "[1, inf)",
     "dropout": "[0, 1)",
+    "logit_softcap": "[0, inf)",
     "kan_bank": "[1, inf)",
     "bio_omega": "(-inf, inf)",
     "bio_compartments bio_dendrite_dim": "[0, inf)",
@@ -335,8 +348,9 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("bio_gate bio_adaptive_threshold", "use_bio_mlp and bio_threshold", lambda c: c.use_bio_mlp and c.bio_threshold),
     ("bio_target_sparsity", "bio_adaptive_threshold", lambda c: c.bio_adaptive_threshold),
     # -- geometric routing
-    ("use_ferope use_block_sparse", "a layer of attention", lambda c: c.has("has_scores")),
-    ("ferope_freqs ferope_m ferope_learnable ferope_anchor_relative rope_base", "use_ferope", lambda c: c.use_ferope),
+    ("use_ferope use_block_sparse qk_norm", "a layer of attention", lambda c: c.has("has_scores")),
+    ("ferope_freqs ferope_m ferope_learnable ferope_anchor_relative", "use_ferope", lambda c: c.use_ferope),
+    ("rope_base", 'use_ferope or pos_embedding="rope"', lambda c: c.rotates),
     ("rope_base", 'ferope_freqs="log"', lambda c: c.ferope_freqs == "log"),
     ("neighbor_rings", "use_block_sparse", lambda c: c.use_block_sparse),
     ("anchor_min_gap anchor_seed", "cells (use_block_sparse, for example)",
@@ -376,6 +390,7 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
      lambda c: c.has_region_slate and c.region_slate_include_prior),
     ("region_slate_include_error", "region_size and add_l4_losses", lambda c: c.region_size and c.add_l4_losses),
     # -- learning rules
+    ("ln_mode", 'norm="layer"', lambda c: c.norm == "layer"),
     ("fa_init_mode", 'method="fa"', lambda c: c.method == "fa"),
     ("fa_sparse_k", 'fa_init_mode="sparse"', lambda c: c.fa_init_mode == "sparse"),
     ("sign_sym_scale", 'method="sign_sym"', lambda c: c.method == "sign_sym"),
@@ -400,7 +415,9 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
     (lambda c: c.bio_compartments and (c.bio_compartments - 1) * -(-c.n_embd // c.bio_compartments) >= c.n_embd,
      "bio_compartments={bio_compartments}: each needs a part of n_embd={n_embd}"),
     # -- geometric routing, knots, waves
-    (lambda c: 2 * c.ferope_m > c.n_embd // c.n_head or (c.use_ferope and c.n_embd // c.n_head < 2),
+    (lambda c: c.pos_embedding == "rope" and (c.use_ferope or not c.has("has_scores")),
+     'pos_embedding="rope" rotates queries and keys: it needs a layer of attention, and use_ferope=False'),
+    (lambda c: 2 * c.ferope_m > c.n_embd // c.n_head or (c.rotates and c.n_embd // c.n_head < 2),
      "ferope_m={ferope_m}: 2 ferope_m must fit into the head's {head_dim} dimensions"),
     (lambda c: c.use_region_feedback and not c.region_size, "use_region_feedback needs regions: set region_size"),
     (lambda c: c.region_edges and not (c.region_size and c.use_block_sparse),
@@ -426,7 +443,11 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
      'mla_mode="scalar" mixes layers: n_layer={n_layer} must be at least 2'),
     (lambda c: c.use_mhc and c.changed("resid_topk", "vq_codes", "vq_lattice", "subspace_rank"),
      "use_mhc has several streams; resid_topk, vq_codes, vq_lattice, subspace_rank limit one: leave one of them out"),
+    (lambda c: c.logit_softcap and (c.head or c.loss_chunk),
+     "logit_softcap={logit_softcap} is for the linear head's whole logits: no other head, loss_chunk=0"),
     # -- learning rules
+    (lambda c: c.freeze_blocks and c.zero_init_proj,
+     "freeze_blocks={freeze_blocks}: with zero_init_proj frozen blocks would add nothing"),
     (lambda c: (c.method != "bp" or c.freeze_emb) and c.tie_weights,
      "method={method} and freeze_emb={freeze_emb} need tie_weights=False: the head would move the embedding"),
     (lambda c: c.method != "bp" and (c.changed("loss_chunk", "add_l4_losses", "use_sdr", "use_mhc")
@@ -527,12 +548,12 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
+        self.ln_1 = new_norm(config)
         self.attn = MIXERS[config.mixer(layer)](config, layer)
         self.feedback = None
         if config.use_region_feedback:
             self.feedback = RegionFeedback(config, getattr(self.attn, "cells", None) or Cells(config, layer))
-        self.ln_2 = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
+        self.ln_2 = new_norm(config)
         self.mlp = CHANNEL_MIXERS[config.channel_mixer](config)
         self.wire_1 = wiring(config, layer, 0)
         self.wire_f = wiring(config, layer, 1) if config.use_region_feedback else None
@@ -560,7 +581,7 @@ class GPT(nn.Module):
             parts["positions"] = RamanujanPositions(config)
         parts["drop"] = nn.Dropout(config.dropout)
         parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        parts["ln_f"] = NORMS[config.ln_mode](config.n_embd, bias=config.bias)
+        parts["ln_f"] = new_norm(config)
         self.transformer = nn.ModuleDict(parts)
         is_computed = config.use_sdr and config.tie_weights  # the output embedding is then no parameter
         self.lm_head = None if is_computed else nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -595,6 +616,8 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("c_proj.weight", "o_proj.weight")):  # 2 n_layer of these add up in the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+                if self.config.zero_init_proj and name.startswith("transformer.h."):
+                    nn.init.zeros_(p)
 
     @staticmethod
     def _init_weights(module):
@@ -619,7 +642,7 @@ class GPT(nn.Module):
     @property
     def max_positions(self):
         """How many tokens the model can place: block_size, or None where nothing is laid out for so many."""
-        placed = self.config.pos_embedding != "none" or self.config.has_cells
+        placed = self.config.pos_embedding not in ("none", "rope") or self.config.has_cells
         return self.config.block_size if placed else None
 
     # Forward --------------------------------------------------------------------------------------------------------
@@ -655,7 +678,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[run.past : run.past + run.idx.size(1)]
         if self.config.pos_embedding == "ramanujan":
             x = x + self.transformer.positions(run.idx.size(1), run.past)
-        x = self.transformer.drop(x)
+        x = self.transformer.drop(rms_norm(x) if self.config.emb_norm else x)
         if self.manifold is not None:
             moved, point = self.manifold(x)
             self.manifold.add_losses(point, run)
@@ -696,7 +719,7 @@ class GPT(nn.Module):
             logits, chunked = self.head.predict(h, context_of_head, run, shown, is_chunked)
         else:
             logits = F.linear(h[:, shown], run.weight) if self.lm_head is None else self.lm_head(h[:, shown])
-            chunked = None
+            logits, chunked = softcap(logits, self.config.logit_softcap), None
             if is_chunked:
                 chunked = chunked_cross_entropy(h, run.weight, run.targets, self.config.loss_chunk, per_token=True)
         loss = None if run.targets is None else language_model_loss(logits, chunked, run)
@@ -879,6 +902,26 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu2": relu2,
 }
+
+
+def rms_norm(x):
+    """x / sqrt(mean(x^2)) over the last dimension, without a gain. Source: Zhang & Sennrich 2019, arXiv 1910.07467."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+class RMSNorm(nn.Module):
+    def forward(self, x):
+        return rms_norm(x)
+
+
+def new_norm(config):
+    """The norm that the flags choose, for vectors (..., C)."""
+    return RMSNorm() if config.norm == "rms" else NORMS[config.ln_mode](config.n_embd, bias=config.bias)
+
+
+def softcap(logits, cap):
+    """cap tanh(logits / cap), in float32 or better, or the logits themselves for cap 0. Gemma 2, arXiv 2408.00118."""
+    return cap * torch.tanh(logits.to(sum_dtype(logits)) / cap) if cap else logits
 
 
 def has_processes():
@@ -1289,7 +1332,8 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.cells = Cells(config, layer) if config.has_cells else None
         self.knots = KnotGate(config, self.cells) if config.has_knots(layer) else None
-        self.ferope = FeRoPE(config) if config.use_ferope else None
+        self.ferope = FeRoPE(config) if config.rotates else None
+        self.qk_norm = config.qk_norm
         self.is_anchored = config.ferope_anchor_relative
         self.block_size = config.block_size
         self.spectral = nn.Linear(config.n_eigenvectors, config.n_embd, bias=False) if config.has_spectrum else None
@@ -1309,6 +1353,8 @@ class CausalSelfAttention(nn.Module):
         (B, T, C), past, state = x.shape, run.past, run.state
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
         q_pos = torch.arange(past, past + T, device=x.device)
+        if self.qk_norm:  # 1.2 each: a score is at most 1.44 sqrt(hs)
+            q, k = 1.2 * rms_norm(q), 1.2 * rms_norm(k)
         if self.ferope is not None:
             q, k = self.ferope(q, k, self.cells.offset[past : past + T] if self.is_anchored else q_pos)
         if self.spectral is not None:  # the same shift of both: tokens of one community attract, at any distance

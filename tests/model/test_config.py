@@ -75,6 +75,7 @@ def test_integers_of_other_libraries_become_int():
 
 # A configuration in which a need of the plain model is not met, by what is needed
 OFF = {
+    'norm="layer"': {"norm": "rms"},
     "a softmax layer": {"attn_mode": "sigmoid"},
     "the plain MLP": {"use_swiglu": True},
     'mlp_act="gelu"': {"mlp_act": "relu2"},
