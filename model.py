@@ -72,9 +72,7 @@ class GPTConfig:
     bias: bool = True  # biases in linear layers and layer norms, as in GPT-2; False is a bit better and faster
     # -- model controls -----------------------------------------------------------------------------------------------
     mlp_act: Literal["gelu", "gelu_tanh", "relu2"] = "gelu"  # exact (nanoGPT) | OpenAI's GPT-2 | squared ReLU
-    pos_embedding: Literal["learned", "rope", "none", "ramanujan"] = (
-        "learned"  # one row per position | rotary | - | fixed
-    )
+    pos_embedding: Literal["learned", "rope", "none", "ramanujan"] = "learned"  # a table | rotary | - | a fixed table
     norm: Literal["layer", "rms"] = "layer"  # layer norm | RMSNorm without gain
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, whose scores are then scaled by 1.44 / sqrt(hs)
     emb_norm: bool = False  # RMSNorm after the embedding
