@@ -198,6 +198,7 @@ RULES = [
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 def test_rules(distribution, rules, seed):
     logits = 2 * torch.randn(16, V, generator=torch.Generator().manual_seed(seed))
     idx = tokens(16, 9, seed)

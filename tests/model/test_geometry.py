@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.profiler import ProfilerActivity, profile
-from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb
 
 from model import (
     GPT,
@@ -146,7 +145,10 @@ def scores(q, k):
 
 
 @pytest.mark.parametrize("base", [10000.0, 500.0])
+@pytest.mark.slow
 def test_log_frequencies_are_standard_rope(base):
+    from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb
+
     q, k = qk(T=200)
     ours = rope(rope_base=base)(q, k, torch.arange(200))
     W = base ** (-torch.arange(0, 32, 2, dtype=torch.float64) / 32)

@@ -111,6 +111,7 @@ def test_initial_loss_is_that_of_guessing():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("act, theirs", [("gelu", "gelu"), ("gelu_tanh", "gelu_new"), ("relu2", "relu2")])
+@pytest.mark.slow
 def test_logits_are_those_of_transformers_gpt2(act, theirs, bias):
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -154,6 +154,7 @@ def test_blocks_of_tokens_are_the_formula(block, monkeypatch):
 # Hyper-connections against code by others.
 
 
+@pytest.mark.slow
 def test_mhc_is_deepseek_v4s():
     """The same pre and post, and comb is Sinkhorn's matrix of the same logits (they then apply its transpose)."""
     v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
@@ -175,6 +176,7 @@ def test_mhc_is_deepseek_v4s():
     )
 
 
+@pytest.mark.slow
 def test_hc_is_the_packages():
     package = pytest.importorskip("hyper_connections")
     for index in range(3):

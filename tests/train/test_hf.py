@@ -17,7 +17,6 @@ pytestmark = pytest.mark.slow
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
-from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 SMALL = {"vocab_size": 64, "n_positions": 16, "n_embd": 12, "n_layer": 2, "n_head": 3}
 
@@ -25,7 +24,9 @@ SMALL = {"vocab_size": 64, "n_positions": 16, "n_embd": 12, "n_layer": 2, "n_hea
 def random_gpt2(**config):
     """A Hugging Face GPT-2 in which every bias and gain counts."""
     torch.manual_seed(0)
-    hf = GPT2LMHeadModel(GPT2Config(**SMALL | {"bos_token_id": None, "eos_token_id": None} | config)).eval()
+    hf = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**SMALL | {"bos_token_id": None, "eos_token_id": None} | config)
+    ).eval()
     with torch.no_grad():
         for p in hf.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
@@ -47,7 +48,7 @@ def tokens(V=64):
 
 @torch.no_grad()
 def logits(model, idx):
-    return model(idx).logits if isinstance(model, GPT2LMHeadModel) else model.eval()(idx, idx)[0]
+    return model(idx).logits if isinstance(model, transformers.GPT2LMHeadModel) else model.eval()(idx, idx)[0]
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def random_model(**flags):
 def test_export(tmp_path, flags):
     model = random_model(**flags)
     model.export_hf(str(tmp_path))
-    hf = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(hf, tokens()), logits(model, tokens()), rtol=0, atol=1e-5)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "gpt2" and config["architectures"] == ["GPT2LMHeadModel"]
