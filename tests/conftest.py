@@ -35,20 +35,27 @@ def pytest_unconfigure():
     shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
+def variants(config):
+    """The rows that --variant names."""
+    return [name.strip() for name in config.getoption("variant").split(",") if name.strip()]
+
+
+def pytest_configure(config):
+    for name in variants(config):
+        if name not in VARIANTS:
+            near = difflib.get_close_matches(name, VARIANTS, 5, 0.4)
+            raise pytest.UsageError(f"--variant: no {name!r} in smoke_test.py; near it: {', '.join(near) or 'nothing'}")
+
+
 def pytest_collection_modifyitems(config, items):
     """`--variant=mhc`: keep the tests whose row it is. A script in a process of its own imports torch: seconds."""
     for item in items:
         if "cli" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
-    wanted = [name.strip() for name in config.getoption("variant").split(",") if name.strip()]
-    for name in wanted:
-        if name not in VARIANTS:
-            near = difflib.get_close_matches(name, VARIANTS, 5, 0.4) or [n for n in VARIANTS if n[:2] == name[:2]]
-            raise pytest.UsageError(f"no variant {name!r} in smoke_test.py; near it: {', '.join(near) or 'none'}")
-    if wanted:
-        is_wanted = [getattr(item, "callspec", None) and item.callspec.params.get("name") in wanted for item in items]
-        config.hook.pytest_deselected(items=[item for item, keep in zip(items, is_wanted) if not keep])
-        items[:] = [item for item, keep in zip(items, is_wanted) if keep]
+    if wanted := variants(config):
+        kept = [item for item in items if hasattr(item, "callspec") and item.callspec.params.get("name") in wanted]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 @pytest.fixture(scope="session")

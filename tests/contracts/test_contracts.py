@@ -290,7 +290,8 @@ def ddp_folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     names = [i.callspec.params["name"] for i in request.session.items if "ddp_folder" in i.fixturenames]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(ddp_worker, (str(folder), names), nprocs=2)
+    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo"])  # two processes, one import of torch
+    mp.start_processes(ddp_worker, (str(folder), names), nprocs=2, start_method="forkserver")
     return folder
 
 
