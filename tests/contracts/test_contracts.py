@@ -130,6 +130,7 @@ def test_decodes_incrementally(case, sizes):
     assert state.pos == end == idx.size(1)
 
 
+@slow
 def test_generates_the_same_with_and_without_the_cache(case):
     model, idx = case
     texts = [model.generate(idx[:, :5], 40, temperature=0, use_cache=cached) for cached in (True, False)]  # past block

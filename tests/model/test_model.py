@@ -204,7 +204,9 @@ def test_refused_dropout(value):
 
 @given(st.sampled_from(["mlp_act", "pos_embedding"]), st.text() | st.none() | st.booleans())
 def test_refused_choice(name, value):
-    choices = {"mlp_act": ("gelu", "gelu_tanh", "relu2"), "pos_embedding": ("learned", "none", "ramanujan")}[name]
+    choices = {"mlp_act": ("gelu", "gelu_tanh", "relu2"), "pos_embedding": ("learned", "rope", "none", "ramanujan")}[
+        name
+    ]
     with pytest.raises(ValueError, match=f"^{name}=.*{', '.join(choices)}"):
         GPTConfig(**{name: value if value not in choices else f"{value} "})
 
