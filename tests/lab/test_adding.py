@@ -183,7 +183,7 @@ def test_the_places_are_those_that_contributing_names():
     counts = {kind: len(places) for kind, places in used.items()}
     assert counts == {"activation": 4, "token mixer": 6, "head": 6}
     for kind, count in counts.items():
-        assert f"{kind}: {count}" in text
+        assert f"{kind} {count}" in text
 
 
 def test_contracts_hold(copy):
