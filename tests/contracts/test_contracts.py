@@ -153,9 +153,12 @@ def test_gradients_reach_every_parameter(flags):
 
 
 def test_order_matters(case):
+    """Some shuffling of the past shows in the last logits (codes on the stream may round one of them away)."""
     model, idx = case
-    shuffled = torch.cat((idx[:, :-1].flip(1), idx[:, -1:]), 1)
-    assert largest(model(shuffled)[0] - model(idx)[0]) > 1e-3
+    generator, T = torch.Generator().manual_seed(0), idx.size(1) - 1
+    orders = [torch.arange(T).flip(0), *(torch.randperm(T, generator=generator) for _ in range(4))]
+    logits = model(idx)[0]
+    assert any(largest(model(torch.cat((idx[:, p], idx[:, -1:]), 1))[0] - logits) > 1e-3 for p in orders)
 
 
 # 8 ------------------------------------------------------------------------------------------------------------------
