@@ -47,6 +47,8 @@ from kernels.fhn import FHN, REST_V, REST_W, FHNDynamics, fhn_bound, fhn_eps_lim
 from kernels.heads import chunked_cross_entropy, mixture_cross_entropy, mixture_log_probs, sum_dtype
 from kernels.hyper import mix, rms_project, sinkhorn, spread
 from kernels.knots import gauss_linking_integrals, strand_links
+from kernels.linear_attention import LEAST, gdn, gla
+from kernels.muon import Muon
 from kernels.oscillator import oscillate
 from kernels.partition import karmarkar_karp
 from kernels.ramanujan import ramanujan_table
@@ -77,9 +79,16 @@ class GPTConfig:
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, whose scores are then scaled by 1.44 / sqrt(hs)
     emb_norm: bool = False  # RMSNorm after the embedding
     zero_init_proj: bool = False  # the output projections of sublayers start at 0
+    init_gain: float = 0.0  # g > 0: other matrices in blocks start as N(0, g^2 / n_embd); 0 = as N(0, 0.02^2)
     logit_softcap: float = 0.0  # c > 0: logits c tanh(logits / c), which lie in (-c, c); 0 = off
+    short_conv: int = 0  # taps of causal convolutions, one filter per channel, added to their input; 0 = off
+    short_conv_at: str = "ac"  # a the token mixer's input, b its q, k and v, c the channel mixer's input, d its units
+    token_shift: bool = False  # after the embedding, add a gated copy of the previous token (smear)
+    n_kv_head: int = 0  # heads of keys and values, each for a group of query heads; 0 = n_head
+    value_embeds: bool = False  # in every other layer, a gated vector per token id is added to the values
+    x0_skip: bool = False  # a block reads a x + b x0: x0 the embedding, a and b learned numbers per block
     # -- token mixers -------------------------------------------------------------------------------------------------
-    attn_mode: str = "softmax"  # "softmax" | "sigmoid" (weights that need not sum to 1) | "fhn" (waves) | "kaufmann"
+    attn_mode: str = "softmax"  # "softmax" | "sigmoid" | "fhn" (waves) | "kaufmann" | "gla", "gdn" (linear attention)
     use_kaufmann_attention: bool = False  # the same as attn_mode="kaufmann"
     attn_pattern: str = ""  # mixers that layers take in turn, as in "fhn,fhn,softmax"; empty = attn_mode everywhere
     sigmoid_bias_mode: Literal["neg_log_n", "neg_log_i", "zero", "learned"] = "neg_log_n"  # n block_size, i keys seen
@@ -292,22 +301,20 @@ class GPTConfig:
         return self.use_manifold and not self.skip_manifold_spectral
 
 
-# The rules, grouped like the flags. A new flag brings its rows; tests refuse each idle flag and each end of a range.
+# The rules. A new flag brings its rows; tests refuse each idle flag and each end of a range.
 
 RANGES = {  # flags: the interval of their values; nan lies in none
     "block_size vocab_size n_layer n_head n_embd": "[1, inf)",
-    "dropout": "[0, 1)",
-    "logit_softcap": "[0, inf)",
+    "dropout bio_threshold region_prior_decay htm_meta_decay": "[0, 1)",
+    "init_gain logit_softcap short_conv n_kv_head geodesic_weight": "[0, inf)",
     "kan_bank": "[1, inf)",
     "bio_omega": "(-inf, inf)",
     "bio_compartments bio_dendrite_dim": "[0, inf)",
-    "bio_threshold": "[0, 1)",
     "bio_target_sparsity": "(0, 1)",
     "rope_base": "(1, inf)",
     "ferope_m anchor_jitter neighbor_rings region_size region_edges region_rings": "[0, inf)",
     "anchor_min_gap feedback_hops": "[1, inf)",
     "anchor_seed frozen_seed": "[0, 9e18]",
-    "region_prior_decay": "[0, 1)",
     "knot_vertices": "[3, 127]",
     "knot_block knot_k": "[1, inf)",
     "knot_threshold": "(0, inf)",
@@ -319,7 +326,6 @@ RANGES = {  # flags: the interval of their values; nan lies in none
     "sdr_decay": "(0, 1]",
     "manifold_dim": "[2, inf)",
     "manifold_vectors n_eigenvectors spectral_landmarks spectral_refresh": "[1, inf)",
-    "geodesic_weight": "[0, inf)",
     "mhc_streams": "[2, inf)",
     "mhc_sinkhorn_iters": "[1, inf)",
     "mfs_K mfs_P mfs_layers ae_window slate_window": "[1, inf)",
@@ -329,9 +335,11 @@ RANGES = {  # flags: the interval of their values; nan lies in none
     "fa_grape_every fa_grape_n_probe": "[1, inf)",
     "fa_grape_lr": "(0, 1]",
     "htm_meta_strength": "[0, 1]",
-    "htm_meta_decay": "[0, 1)",
 }
 NEEDS = (  # flags, what they do nothing without, whether it is there
+    ("short_conv_at", "short_conv", lambda c: c.short_conv),
+    ("value_embeds", "a layer with values (c_attn)", lambda c: c.has("has_values")),
+    ("n_kv_head", "a layer of attention", lambda c: c.has("has_scores")),
     # -- token mixers
     ("sigmoid_bias_mode ste_sigmoid", "a sigmoid layer", lambda c: c.has("has_sigmoid")),
     ("fuse_attn_local", "a softmax layer", lambda c: c.has("takes_local_backward")),
@@ -351,31 +359,26 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("rope_base", 'use_ferope or pos_embedding="rope"', lambda c: c.rotates),
     ("rope_base", 'ferope_freqs="log"', lambda c: c.ferope_freqs == "log"),
     ("neighbor_rings", "use_block_sparse", lambda c: c.use_block_sparse),
-    ("anchor_min_gap anchor_seed", "cells (use_block_sparse, for example)",
-     lambda c: c.has_anchors or c.ferope_freqs == "gaussian"),
+    ("anchor_min_gap anchor_seed", "cells (use_block_sparse)", lambda c: c.has_anchors or c.ferope_freqs == "gaussian"),
     ("anchor_jitter share_region_router", "cells (use_block_sparse, for example)", lambda c: c.has_anchors),
     ("region_size", "region_edges, use_region_feedback, use_mfs_head or add_l4_losses",
      lambda c: c.region_edges or c.use_region_feedback or c.has_region_slate),
     ("region_rings feedback_hops", "use_region_feedback", lambda c: c.use_region_feedback),
     # -- knots, waves
     ("use_knot_attention", "a softmax or sigmoid layer (kaufmann has knots anyway)", lambda c: c.has("takes_knots")),
-    ("knot_block knot_vertices knot_threshold knot_k knot_learned_threshold", "use_knot_attention",
-     lambda c: c.has_knots()),
+    ("knot_block knot_vertices knot_threshold knot_k knot_learned_threshold", "knots", lambda c: c.has_knots()),
     ("knot_block", "cells of their own (here anchors make them)", lambda c: not c.has_anchors),
-    ("fhn_steps fhn_dt fhn_dynamics use_fhn_imex use_fhn_partitioning", "an fhn or kaufmann layer",
-     lambda c: c.has("has_waves")),
+    ("fhn_steps fhn_dt fhn_dynamics use_fhn_imex use_fhn_partitioning", "an fhn layer", lambda c: c.has("has_waves")),
     ("fhn_partitions", "use_fhn_partitioning", lambda c: c.use_fhn_partitioning),
     ("fhn_steps fhn_dt use_fhn_imex use_fhn_partitioning", 'fhn_dynamics="fhn"', lambda c: c.fhn_dynamics == "fhn"),
     # -- sparse codes, manifolds
-    ("sdr_size sdr_active sdr_boost sdr_radius sdr_scales sdr_rule sdr_decay sdr_value_dim", "use_sdr",
-     lambda c: c.use_sdr),
-    ("sdr_decay", 'sdr_rule="hebb" or "willshaw"', lambda c: c.sdr_rule in ("hebb", "willshaw")),
+    ("sdr_size sdr_active sdr_boost sdr_radius sdr_scales sdr_rule sdr_value_dim", "use_sdr", lambda c: c.use_sdr),
+    ("sdr_decay", 'use_sdr, sdr_rule="hebb" or "willshaw"', lambda c: c.use_sdr and c.sdr_rule in ("hebb", "willshaw")),
     ("sdr_value_dim", "a memory (sdr_rule)", lambda c: c.sdr_rule != "none"),
     ("manifold geodesic_weight skip_manifold_spectral", "use_manifold", lambda c: c.use_manifold),
     ("manifold_dim", 'use_manifold and manifold="sphere"', lambda c: c.use_manifold and c.manifold == "sphere"),
     ("manifold_vectors", 'manifold="e7" or "rotor"', lambda c: c.use_manifold and c.manifold != "sphere"),
-    ("n_eigenvectors spectral_landmarks spectral_refresh", "use_manifold and skip_manifold_spectral=False",
-     lambda c: c.has_spectrum),
+    ("n_eigenvectors spectral_landmarks spectral_refresh", "spectral coordinates", lambda c: c.has_spectrum),
     # -- wiring, heads
     ("mhc_streams mhc_sinkhorn_iters hc_mode", "use_mhc", lambda c: c.use_mhc),
     ("mhc_sinkhorn_iters", 'hc_mode="mhc"', lambda c: c.hc_mode == "mhc"),
@@ -384,8 +387,7 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("l4_loss_weight ae_window ae_dim", "add_l4_losses", lambda c: c.add_l4_losses),
     ("slate_window", "add_l4_losses and region_size=0", lambda c: c.add_l4_losses and not c.region_size),
     ("region_slate_include_prior", "region_size and use_mfs_head or add_l4_losses", lambda c: c.has_region_slate),
-    ("region_prior_decay", "region_size and use_mfs_head or add_l4_losses, and region_slate_include_prior",
-     lambda c: c.has_region_slate and c.region_slate_include_prior),
+    ("region_prior_decay", "region_slate_include_prior", lambda c: c.has_region_slate and c.region_slate_include_prior),
     ("region_slate_include_error", "region_size and add_l4_losses", lambda c: c.region_size and c.add_l4_losses),
     # -- learning rules
     ("ln_mode", 'norm="layer"', lambda c: c.norm == "layer"),
@@ -393,12 +395,11 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("fa_sparse_k", 'fa_init_mode="sparse"', lambda c: c.fa_init_mode == "sparse"),
     ("sign_sym_scale", 'method="sign_sym"', lambda c: c.method == "sign_sym"),
     ("dfa_granularity dfa_feedback", 'method="dfa"', lambda c: c.method == "dfa"),
-    ("fa_grape", 'method="fa" or "dfa" with a matrix',
-     lambda c: c.method == "fa" or (c.method == "dfa" and c.dfa_feedback == "matrix")),
+    ("fa_grape", 'method="fa" or "dfa"', lambda c: c.method in ("fa", "dfa")),
+    ("fa_grape", 'dfa_feedback="matrix"', lambda c: c.dfa_feedback == "matrix"),
     ("fa_grape_every fa_grape_n_probe fa_grape_lr", "fa_grape", lambda c: c.fa_grape),
     ("fa_calibrate_every", 'a method other than "bp"', lambda c: c.method != "bp"),
-    ("frozen_seed", "something frozen (method, vq_codes, subspace_rank)",
-     lambda c: c.method != "bp" or c.vq_codes or c.subspace_rank),
+    ("frozen_seed", "method, vq_codes or subspace_rank", lambda c: c.method != "bp" or c.vq_codes or c.subspace_rank),
     ("htm_meta_decay htm_meta_target", "htm_meta_strength", lambda c: c.htm_meta_strength),
 )  # fmt: skip
 CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its value
@@ -412,6 +413,12 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
      "use_kan={use_kan}, use_bio_mlp={use_bio_mlp}, use_swiglu={use_swiglu}: a block has one channel mixer, keep one"),
     (lambda c: c.bio_compartments and (c.bio_compartments - 1) * -(-c.n_embd // c.bio_compartments) >= c.n_embd,
      "bio_compartments={bio_compartments}: each needs a part of n_embd={n_embd}"),
+    (lambda c: not c.short_conv_at or c.short_conv_at != "".join(x for x in "abcd" if x in c.short_conv_at),
+     "short_conv_at={short_conv_at!r}: some of the letters a, b, c, d, in this order"),
+    (lambda c: c.short_conv and "b" in c.short_conv_at and not c.has("has_values"),
+     "short_conv_at={short_conv_at!r}: no layer has q, k and v: leave out b"),
+    (lambda c: c.n_kv_head and (c.n_head % c.n_kv_head or c.has_spectrum or c.htm_meta_strength or c.has("has_knots")),
+     "n_kv_head={n_kv_head} must divide n_head={n_head}; no spectral coordinates, no htm_meta_strength, no kaufmann"),
     # -- geometric routing, knots, waves
     (lambda c: c.pos_embedding == "rope" and (c.use_ferope or not c.has("has_scores")),
      'pos_embedding="rope" rotates queries and keys: it needs a layer of attention, and use_ferope=False'),
@@ -452,10 +459,9 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
                                      or not c.all_have("takes_learning_rules")),
      "use_kan, use_bio_mlp, use_sdr, use_mhc, kaufmann layers, loss_chunk, use_mfs_head, add_l4_losses: they multiply "
      'outside of linear layers and need method="bp", not {method}'),
-    (lambda c: c.method != "bp" and c.htm_meta_strength,
-     'htm_meta_strength={htm_meta_strength} scales columns of c_attn: it needs method="bp"'),
-    (lambda c: c.method == "dfa" and (c.has_spectrum or c.use_mla),
-     "spectral coordinates and use_mla reach around dfa's cuts: set skip_manifold_spectral=True, leave use_mla out"),
+    (lambda c: c.method != "bp" and c.htm_meta_strength, 'htm_meta_strength scales columns: write method="bp"'),
+    (lambda c: c.method == "dfa" and (c.has_spectrum or c.use_mla or c.x0_skip),
+     "spectral coordinates, use_mla and x0_skip reach around dfa's cuts: set skip_manifold_spectral, leave those out"),
     (lambda c: c.method == "dfa" and c.dfa_granularity == "block" and c.n_layer < 2,
      'dfa_granularity="block" needs two blocks: write dfa_granularity="sublayer" or n_layer=2'),
     (lambda c: c.method == "dfa" and c.fa_grape and (c.has_knots() or not c.all_have("has_forward_mode")),
@@ -546,12 +552,12 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = new_norm(config)
+        self.ln_1, self.conv_1 = new_norm(config), short_conv(config, "a", config.n_embd)
         self.attn = MIXERS[config.mixer(layer)](config, layer)
         self.feedback = None
         if config.use_region_feedback:
             self.feedback = RegionFeedback(config, getattr(self.attn, "cells", None) or Cells(config, layer))
-        self.ln_2 = new_norm(config)
+        self.ln_2, self.conv_2 = new_norm(config), short_conv(config, "c", config.n_embd)
         self.mlp = CHANNEL_MIXERS[config.channel_mixer](config)
         self.wire_1 = wiring(config, layer, 0)
         self.wire_f = wiring(config, layer, 1) if config.use_region_feedback else None
@@ -559,11 +565,11 @@ class Block(nn.Module):
 
     def forward(self, x, run=ALONE):
         """x, (B, T, C) or streams (B, T, n, C), after all sublayers."""
-        x = self.wire_1(x, lambda h: self.attn(self.ln_1(h), run))
+        x = self.wire_1(x, lambda h: self.attn(through(self.conv_1, self.ln_1(h), run.state), run))
         if self.feedback is not None:
             x = self.wire_f(x, lambda h: self.feedback(h, run.state))
         x = run.cut(x, "sublayer")
-        return self.wire_2(x, lambda h: self.mlp(self.ln_2(h)))
+        return self.wire_2(x, lambda h: self.mlp(through(self.conv_2, self.ln_2(h), run.state), run))
 
 
 class GPT(nn.Module):
@@ -585,10 +591,12 @@ class GPT(nn.Module):
         self.lm_head = None if is_computed else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights and not config.use_sdr:
             self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
+        self.token_shift = TokenShift(config) if config.token_shift else None
         self.manifold = ManifoldProjection(config) if config.use_manifold else None
         self.spectral = SpectralDecomposition(config) if config.has_spectrum else None
         self.mla = LayerAggregation(config) if config.use_mla else None
         self.streams = Streams(config, parts["h"])
+        self.input_skip = InputSkip(config) if config.x0_skip else None
         for name, head in HEADS.items():
             setattr(self, name, head(config) if name == config.head else None)
         self.ae = SlidingWindowAE(config) if config.add_l4_losses else None
@@ -604,6 +612,7 @@ class GPT(nn.Module):
     def init_weights(self):
         """nanoGPT's: N(0, 0.02), smaller where outputs add up in the stream; then what modules ask for themselves."""
         self.apply(self._init_weights)
+        init_by_width(self.transformer.h, self.config)
         for module in self.having("init_own"):
             module.init_own()
         for block in self.transformer.h[: self.config.freeze_blocks]:
@@ -676,7 +685,8 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[run.past : run.past + run.idx.size(1)]
         if self.config.pos_embedding == "ramanujan":
             x = x + self.transformer.positions(run.idx.size(1), run.past)
-        x = self.transformer.drop(rms_norm(x) if self.config.emb_norm else x)
+        x = through(self.token_shift, rms_norm(x) if self.config.emb_norm else x, run.state)
+        x = self.transformer.drop(x)
         if self.manifold is not None:
             moved, point = self.manifold(x)
             self.manifold.add_losses(point, run)
@@ -688,9 +698,9 @@ class GPT(nn.Module):
         """All blocks: (B, T, C) -> (B, T, C)."""
         outputs = [x]  # the embedding and each block's output, for layer aggregation
         n_read = getattr(self.head, "layers_read", 0)
-        x = self.streams.spread(x)  # (B, T, n, C) under use_mhc
+        x = first = self.streams.spread(x)  # (B, T, n, C) under use_mhc
         for layer, block in enumerate(self.transformer.h, 1):
-            x = block(x, run)
+            x = block(x if self.input_skip is None else self.input_skip(x, first, layer - 1), run)
             if self.limits is not None:
                 x = self.limits(x)
             if layer < self.config.n_layer:
@@ -803,13 +813,13 @@ class GPT(nn.Module):
     # Training -------------------------------------------------------------------------------------------------------
 
     def num_params(self, non_embedding=True):
-        """Number of parameters, position table left out by default as in nanoGPT (token embeddings serve the head)."""
+        """Number of parameters, by default without tables that only look up: positions, values, an untied wte."""
         n = sum(p.numel() for p in self.parameters())
         if non_embedding and self.config.pos_embedding == "learned":
             n -= self.transformer.wpe.weight.numel()
         if non_embedding and not self.config.tie_weights and not self.config.use_sdr:
             n -= self.transformer.wte.weight.numel()
-        return n
+        return n - non_embedding * sum(m.table.weight.numel() for m in self.modules() if isinstance(m, ValueEmbedding))
 
     def flops_per_token(self, T=None):
         """Training FLOPs per token at context T (default block_size): forward, and twice that backward.
@@ -821,13 +831,13 @@ class GPT(nn.Module):
         own = sum(m.flops_per_token(T) for m in self.having("flops_per_token"))
         return 3 * (linear + own)
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW, fused where PyTorch has it. Matrices decay; vectors and scalars (norms, biases, gains) do not."""
-        params = [p for p in self.parameters() if p.requires_grad]
-        matrices, vectors = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        is_fused = device_type in ("cpu", "cuda", "mps")
-        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=is_fused)
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=None):
+        """AdamW, fused where PyTorch has it; Muon where `muon` is given, the rates of `muon_groups`."""
+        fused = device_type in ("cpu", "cuda", "mps")
+        if muon is None:
+            optimizer = torch.optim.AdamW(adamw_groups(self, weight_decay), learning_rate, betas, fused=fused)
+        else:
+            optimizer = Muon(muon_groups(self, muon, weight_decay), betas, fused=fused)
         for rule in self.having("attach"):
             rule.attach(optimizer, self)
         for module in self.having("before_step"):  # what was counted is applied once per step
@@ -920,6 +930,98 @@ def new_norm(config):
 def softcap(logits, cap):
     """cap tanh(logits / cap), in float32 or better, or the logits themselves for cap 0. Gemma 2, arXiv 2408.00118."""
     return cap * torch.tanh(logits.to(sum_dtype(logits)) / cap) if cap else logits
+
+
+def init_by_width(blocks, config):
+    """Matrices of linear layers, whose two sides are at least n_embd wide, under init_gain."""
+    for module in blocks.modules() if config.init_gain else ():
+        if isinstance(module, nn.Linear) and min(module.weight.shape) >= config.n_embd:
+            nn.init.normal_(module.weight, std=config.init_gain / math.sqrt(config.n_embd))
+
+
+class ShortConv(nn.Module):
+    """x_t + sum_j w_j x_{t-j}, j < taps, w 0 at first; (B, T, C) -> (B, T, C). Canon layers, arXiv 2512.17351."""
+
+    def __init__(self, channels, taps):
+        super().__init__()
+        self.taps = taps
+        self.w = nn.Parameter(torch.zeros(taps * channels))  # flat: vectors do not decay
+
+    def forward(self, x, state=None):
+        (B, T, C), reach, store = x.shape, self.taps - 1, store_of(state, self)
+        w = self.w.view(self.taps, C).to(x.dtype)
+        y = torch.addcmul(x, w[0], x)
+        if reach:
+            x = torch.cat((store.get("last", x.new_zeros(B, reach, C)), x), 1)  # (B, reach + T, C)
+            if state is not None:
+                store["last"] = x[:, -reach:].clone()
+        for j in range(1, self.taps):
+            y = torch.addcmul(y, w[j], x[:, reach - j : reach - j + T])
+        return y
+
+    def flops_per_token(self, T):
+        return 2 * self.w.numel()
+
+
+def short_conv(config, place, channels):
+    """The convolution at a place of short_conv_at, or None."""
+    return ShortConv(channels, config.short_conv) if config.short_conv and place in config.short_conv_at else None
+
+
+def through(module, x, state=None):
+    """What an optional module makes of x; x itself where it is None."""
+    return x if module is None else module(x, state)
+
+
+class TokenShift(nn.Module):
+    """x_t + strength sigmoid(w . x_t[:24]) x_{t-1}, strength 0 at first; (B, T, C) -> (B, T, C). As in nanochat."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(min(24, config.n_embd), 1, bias=False)
+        self.strength = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, state=None):
+        store = store_of(state, self)
+        before = torch.cat((store.get("last", torch.zeros_like(x[:, :1])), x[:, :-1]), 1)
+        if state is not None:
+            store["last"] = x[:, -1:].clone()
+        return x + self.strength * torch.sigmoid(self.gate(x[..., : self.gate.in_features])) * before
+
+
+class ValueEmbedding(nn.Module):
+    """v + 3 sigmoid(W x[:12]) table[idx], one gate per head, for values v (B, T, width). As in nanochat."""
+
+    def __init__(self, config, heads, width):
+        super().__init__()
+        self.table = nn.Embedding(config.vocab_size, width)
+        self.gate = nn.Linear(min(12, config.n_embd), heads, bias=False)
+
+    def init_own(self):
+        nn.init.normal_(self.table.weight, std=self.table.embedding_dim**-0.5)
+
+    def forward(self, v, x, idx):
+        own = self.table(idx).unflatten(-1, (self.gate.out_features, -1))
+        gate = 3 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
+        return v + (gate[..., None] * own).flatten(-2).to(v.dtype)
+
+
+def value_embedding(config, layer, heads, width):
+    """The layer's ValueEmbedding under value_embeds: in the last layer, and in every other one below; else None."""
+    has_one = config.value_embeds and layer % 2 == (config.n_layer - 1) % 2
+    return ValueEmbedding(config, heads, width) if has_one else None
+
+
+class InputSkip(nn.Module):
+    """a x + b x0 before block i, x0 the embedding; at first a falls from 1.15 to 1.05, b from 0.2 to 0.05."""
+
+    def __init__(self, config):
+        super().__init__()
+        depth = torch.arange(config.n_layer) / max(1, config.n_layer - 1)
+        self.a, self.b = nn.Parameter(1.15 - 0.1 * depth), nn.Parameter(0.2 - 0.15 * depth)
+
+    def forward(self, x, x0, layer):
+        return self.a[layer] * x + self.b[layer] * x0
 
 
 def has_processes():
@@ -1313,21 +1415,27 @@ def sigmoid_attention(q, k, v, row_bias, mask, bias=0.0, dropout=0.0, ste=None):
 
 class CausalSelfAttention(nn.Module):
     activation = "softmax"
-    has_scores = takes_knots = has_forward_mode = takes_learning_rules = takes_local_backward = has_columns = True
+    has_scores = takes_knots = has_forward_mode = takes_learning_rules = takes_local_backward = True
+    has_columns = has_values = True
 
     def __init__(self, config, layer=0):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.widths = (config.n_embd, *[config.n_embd // config.n_head * self.n_kv_head] * 2)  # of q, k and v
+        self.parts = {"c_attn": self.widths}
+        self.dropout = config.dropout
         self.is_sparse = config.use_block_sparse or config.has_knots(layer)
         self.bias_mode = config.sigmoid_bias_mode
         self.is_split, self.is_local = config.method != "bp", config.fuse_attn_local
         if self.is_split:  # each with its own feedback
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                setattr(self, name, nn.Linear(config.n_embd, config.n_embd, bias=config.bias))
+            for name, width in zip(("q_proj", "k_proj", "v_proj", "o_proj"), (*self.widths, config.n_embd)):
+                setattr(self, name, nn.Linear(config.n_embd, width, bias=config.bias))
         else:
-            self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+            self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
             self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.conv = short_conv(config, "b", sum(self.widths))
+        self.value_embedding = value_embedding(config, layer, self.n_kv_head, self.widths[-1])
         self.cells = Cells(config, layer) if config.has_cells else None
         self.knots = KnotGate(config, self.cells) if config.has_knots(layer) else None
         self.ferope = FeRoPE(config) if config.rotates else None
@@ -1340,16 +1448,23 @@ class CausalSelfAttention(nn.Module):
             self.sigmoid_bias = nn.Parameter(torch.tensor(-math.log(config.block_size)))
 
     def forward(self, x, run=ALONE):
-        if self.is_split:
-            y = self.mix(x, self.q_proj(x), self.k_proj(x), self.v_proj(x), run)
-            return self.resid_dropout(self.o_proj(y))
-        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
-        return self.resid_dropout(self.c_proj(self.mix(x, q, k, v, run)))
+        y = self.mix(x, *self.project(x, run), run)
+        return self.resid_dropout(self.o_proj(y) if self.is_split else self.c_proj(y))
+
+    def project(self, x, run):
+        """Queries (B, T, C), keys and values (B, T, n_kv_head hs) of the layer's input x (B, T, C)."""
+        if self.is_split and self.conv is None:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            parts = (self.q_proj, self.k_proj, self.v_proj) if self.is_split else (self.c_attn,)
+            qkv = torch.cat([linear(x) for linear in parts], -1)
+            q, k, v = through(self.conv, qkv, run.state).split(self.widths, dim=-1)
+        return q, k, v if self.value_embedding is None else self.value_embedding(v, x, run.idx)
 
     def mix(self, x, q, k, v, run):
-        """Attention over the values v by queries q and keys k, all made of the layer's input x: all (B, T, C)."""
+        """Attention over the values v by queries q and keys k, as `project` makes them of the input x: (B, T, C)."""
         (B, T, C), past, state = x.shape, run.past, run.state
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+        q, k, v = (t.view(B, T, -1, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
         q_pos = torch.arange(past, past + T, device=x.device)
         if self.qk_norm:  # 1.2 each: a score is at most 1.44 sqrt(hs)
             q, k = 1.2 * rms_norm(q), 1.2 * rms_norm(k)
@@ -1361,10 +1476,18 @@ class CausalSelfAttention(nn.Module):
         knots = self.knots(x, state) if self.knots is not None else None
         if state is not None:
             cached = self.append_to_cache(state, k, v)
-        y = self.attend(q, k, v, q_pos, knots) if past == 0 else self.attend_cached(q, *cached, q_pos, knots)
+        if past == 0:
+            y = self.attend(q, *self.share(k, v), q_pos, knots)
+        else:
+            y = self.attend_cached(q, *self.share(*cached[:2]), cached[2], q_pos, knots)
         if state is not None and self.is_sparse and knots is None:
             self.evict(state.of(self), past + T)
         return y.transpose(1, 2).reshape(B, T, C)
+
+    def share(self, k, v):
+        """Keys and values (B, n_kv_head, n, hs) as each query head reads them, (B, nh, n, hs). arXiv 2305.13245."""
+        group = self.n_head // self.n_kv_head
+        return (k, v) if group == 1 else (k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
 
     def row_bias(self, q_pos):
         """What a sigmoid layer adds to the scores of queries at positions q_pos (T,): (T,) float32; softmax: None."""
@@ -1579,17 +1702,22 @@ class FHNMedium(nn.Module):
 
 
 class FHNAttention(nn.Module):
-    has_waves = takes_learning_rules = has_columns = True
+    has_waves = takes_learning_rules = has_columns = has_values = True
 
     def __init__(self, config, layer=0):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.parts = {"c_attn": (config.n_embd,) * 3}
+        self.conv = short_conv(config, "b", 3 * config.n_embd)
+        self.value_embedding = value_embedding(config, layer, config.n_head, config.n_embd)
         self.medium = FHNMedium(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, run=ALONE):
-        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
+        q, k, v = through(self.conv, self.c_attn(x), run.state).chunk(3, dim=-1)  # (B, T, C)
+        if self.value_embedding is not None:
+            v = self.value_embedding(v, x, run.idx)
         return self.resid_dropout(self.c_proj(self.medium(v, q, k, run.state) * F.silu(q)))
 
 
@@ -1611,21 +1739,111 @@ class KaufmannAttention(CausalSelfAttention):
         self.medium = FHNMedium(config)
 
     def forward(self, x, run=ALONE):
-        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C)
+        q, k, v = self.project(x, run)  # (B, T, C)
         landscape = self.landscape(F.layer_norm(v, v.shape[-1:])).to(v.dtype)  # float32 under autocast
         stimulus = self.mix(x, q, k, landscape, run)
         return self.resid_dropout(self.c_proj(self.medium(stimulus, q, k, run.state) * F.silu(q)))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Token mixers: linear attention whose memory, a matrix S (dk, dv) per head, forgets; the field's recurrent controls.
+#   gla: S_t = diag(a_t) S_{t-1} + k_t v_t^T, a_t = sigmoid(W2 W1 x)^(1/16) per key channel, W1 of rank 16
+#   gdn: S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, a_t = exp(-A softplus(w x + bias)), b_t = sigmoid(w' x),
+#        q and k of length 1 after silu, v after silu; A and bias are learned numbers per head
+#   y = W rms(S_t^T q_t) silu(g_t), q, k of half the width, v and g of the whole: as many parameters as attention
+# O(T C hs) in training, by chunks (kernels/linear_attention.py); a state of C hs / 2 numbers in decoding, whatever the
+# position. The short convolutions of the published gdn are short_conv at b. arXiv 2312.06635, arXiv 2412.06464.
+
+
+class GatedLinearAttention(nn.Module):
+    takes_learning_rules = has_forward_mode = has_values = True
+    RANK = 16
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        C, self.n_head = config.n_embd, config.n_head
+        self.hs, self.half = C // config.n_head, max(1, C // config.n_head // 2)
+        self.widths = (self.half * config.n_head, self.half * config.n_head, C, C)  # of q, k, v and the output's gate
+        self.parts = {"c_attn": self.widths}
+        self.c_attn = nn.Linear(C, sum(self.widths), bias=config.bias)
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        self.conv = short_conv(config, "b", sum(self.widths[:3]))
+        self.value_embedding = value_embedding(config, layer, config.n_head, C)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.add_gates(config)
+
+    def add_gates(self, config):
+        self.decay = nn.Sequential(
+            nn.Linear(config.n_embd, self.RANK, bias=False), nn.Linear(self.RANK, self.widths[1], bias=True)
+        )
+
+    def forward(self, x, run=ALONE):
+        qkv, gate = self.c_attn(x).split((sum(self.widths[:3]), self.widths[3]), dim=-1)
+        q, k, v = through(self.conv, qkv, run.state).split(self.widths[:3], dim=-1)
+        if self.value_embedding is not None:
+            v = self.value_embedding(v, x, run.idx)
+        y = self.recall(*(self.heads(t) for t in (q, k, v)), x, run.state)
+        y = y.transpose(1, 2).flatten(2).to(gate.dtype)  # (B, T, C)
+        return self.resid_dropout(self.c_proj(y * F.silu(gate)))
+
+    def heads(self, t):
+        """(B, T, width) as (B, nh, T, width / nh)."""
+        return t.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+    def recall(self, q, k, v, x, state):
+        """What the memory holds for each query: (B, nh, T, hs), normed; in float32 or better, under autocast too."""
+        store = store_of(state, self)
+        gates = self.gates(x)
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, v, *gates = (t.to(sum_dtype(t)) for t in (q, k, v, *gates))
+            S = store.get("S", v.new_zeros(*v.shape[:2], self.half, self.hs))
+            y, S = self.remember(q, k, v, *gates, S)
+            if state is not None:
+                store["S"] = S
+            return rms_norm(y)
+
+    def gates(self, x):
+        """log a (B, nh, T, dk)."""
+        return (self.heads(F.logsigmoid(self.decay(x)) / 16).clamp(min=LEAST),)
+
+    def remember(self, q, k, v, log_a, S):
+        return gla(q * self.half**-0.5, k, v, log_a, S)
+
+    def flops_per_token(self, T):
+        """Forward FLOPs besides the linear layers: within chunks of 16 tokens, and the state's."""
+        return 2 * self.n_head * (16 * (self.half + self.hs) + 3 * self.half * self.hs)
+
+
+class GatedDeltaRule(GatedLinearAttention):
+    def add_gates(self, config):
+        self.decay = nn.Linear(config.n_embd, config.n_head, bias=False)
+        self.write = nn.Linear(config.n_embd, config.n_head, bias=False)
+        self.log_A = nn.Parameter(torch.linspace(1, 16, config.n_head).log())
+        dt = torch.logspace(-3, -1, config.n_head)  # steps of time, by head, that softplus(bias) gives at first
+        self.dt_bias = nn.Parameter(dt.expm1().log())
+
+    def gates(self, x):
+        """log a and b, (B, nh, T) each."""
+        log_a = self.log_A.exp() * F.logsigmoid(-self.decay(x) - self.dt_bias)  # -softplus, whose backward compiles
+        return log_a.mT, torch.sigmoid(self.write(x)).mT
+
+    def remember(self, q, k, v, log_a, b, S):
+        q, k = (F.normalize(F.silu(t), dim=-1) for t in (q, k))
+        return gdn(q, k, F.silu(v), log_a, b, S)
+
+
 # A mixer declares what it can do in class attributes, which GPTConfig reads; what it does not declare it cannot do:
 #   has_scores (queries and keys: RoPE, cells, spectra), takes_knots (use_knot_attention), has_knots (always),
 #   has_sigmoid, takes_local_backward (fuse_attn_local), has_waves, has_wavelets, has_columns (c_attn and c_proj, for
-#   HTM), takes_learning_rules (all products are linear layers'), has_forward_mode (GrAPE under dfa)
+#   HTM), has_values (short_conv at b, value_embeds), takes_learning_rules (all products are linear layers'),
+#   has_forward_mode (GrAPE under dfa)
 MIXERS = {
     "softmax": CausalSelfAttention,
     "sigmoid": SigmoidAttention,
     "fhn": FHNAttention,
     "kaufmann": KaufmannAttention,
+    "gla": GatedLinearAttention,
+    "gdn": GatedDeltaRule,
 }
 
 
@@ -1668,10 +1886,11 @@ class MLP(nn.Module):
         self.winners = HardTopK(config.mlp_topk) if config.mlp_topk else None
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.conv = short_conv(config, "d", 4 * config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        h = self.act(self.c_fc(x))  # (B, T, 4C)
+    def forward(self, x, run=ALONE):
+        h = self.act(through(self.conv, self.c_fc(x), run.state))  # (B, T, 4C)
         if self.winners is not None:
             h = self.winners(h)
         return self.dropout(self.c_proj(h))
@@ -1696,11 +1915,13 @@ class SwiGLU(nn.Module):
         C, bias = config.n_embd, config.bias
         hidden = matched_hidden(config, 3 * C + 2 * bias, C * bias)
         self.c_fc = nn.Linear(C, 2 * hidden, bias=bias)
+        self.parts = {"c_fc": (hidden, hidden)}
         self.c_proj = nn.Linear(hidden, C, bias=bias)
+        self.conv = short_conv(config, "d", 2 * hidden)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        gate, h = self.c_fc(x).chunk(2, dim=-1)  # (B, T, hidden) each
+    def forward(self, x, run=ALONE):
+        gate, h = through(self.conv, self.c_fc(x), run.state).chunk(2, dim=-1)  # (B, T, hidden) each
         return self.dropout(self.c_proj(F.silu(gate) * h))
 
 
@@ -1775,10 +1996,11 @@ class WaveKAN(nn.Module):
             hidden = matched_hidden(config, (2 * C + 3 * K if shared else 6 * C) + bias, C * bias)
         self.c_fc = nn.Linear(C, hidden, bias=bias) if shared else wavelet_map(C, hidden, config)
         self.c_proj = wavelet_map(hidden, C, config)
+        self.conv = short_conv(config, "d", hidden)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        h = self.c_fc(x)  # (B, T, hidden)
+    def forward(self, x, run=ALONE):
+        h = through(self.conv, self.c_fc(x), run.state)  # (B, T, hidden)
         return self.dropout(self.c_proj(F.layer_norm(h, h.shape[-1:])))
 
 
@@ -1956,12 +2178,13 @@ class BioMLP(nn.Module):
         else:
             c_fc = nn.Linear(config.n_embd, h, bias=config.bias)
             self.dendrites = nn.Sequential(c_fc, OscillatingActivation(h, config))
+        self.conv = short_conv(config, "d", h)
         self.events = SparseEventLayer(h, config) if config.bio_threshold else None
         self.c_proj = nn.Linear(h, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        h = self.dendrites(x)
+    def forward(self, x, run=ALONE):
+        h = through(self.conv, self.dendrites(x), run.state)
         if self.events is not None:
             h = self.events(h)
         return self.dropout(self.c_proj(h))
@@ -3007,12 +3230,45 @@ def own_projections(weights, model):
         if f"{stem.rpartition('.')[0]}.q_proj.{kind}" not in own:
             split[name] = w
         elif stem.endswith("attn.c_attn"):
-            split |= {f"{stem[:-6]}{p}_proj.{kind}": part.clone() for p, part in zip("qkv", w.chunk(3))}
+            names = [f"{stem[:-6]}{p}_proj.{kind}" for p in "qkv"]
+            split |= {name: part.clone() for name, part in zip(names, w.split([len(own[name]) for name in names]))}
         elif stem.endswith("attn.c_proj"):
             split[f"{stem[:-6]}o_proj.{kind}"] = w
         else:
             split[name] = w
     return split
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimiser groups. Muon's orthogonal updates are for the weights of linear layers inside blocks whose two sides are at
+# least n_embd wide; `parts` of a module names those that are several maps in one, which are orthogonalised apart.
+# AdamW, without decay, takes all else: "embedding" (token, position and value tables), "head", and "vectors" (norms,
+# biases, gains, gates, banks, coefficients, narrow matrices, everything outside of blocks).
+
+
+def adamw_groups(model, weight_decay):
+    """Groups for AdamW: matrices decay; vectors and scalars (norms, biases, gains) do not."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def muon_groups(model, rates, weight_decay):
+    """Groups for `Muon`, each trainable parameter in one; rates: {"matrices", "embedding", "head", "vectors"}."""
+    splits = {}
+    for module in model.transformer.h.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and min(child.weight.shape) >= model.config.n_embd:
+                splits[child.weight] = getattr(module, "parts", {}).get(name, ())
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} | {*model.transformer.wte.parameters()}
+    heads = {p for part in (model.lm_head, model.head) if part is not None for p in part.parameters()}
+    groups = {role: {"role": role, "params": [], "lr": rate, "weight_decay": 0.0} for role, rate in rates.items()}
+    for p in model.parameters():
+        if p.requires_grad:
+            role = "embedding" if p in tables else "head" if p in heads else "matrices" if p in splits else "vectors"
+            groups[role]["params"].append(p)
+    groups["matrices"] |= {"weight_decay": weight_decay, "splits": [splits[p] for p in groups["matrices"]["params"]]}
+    return [group for group in groups.values() if group["params"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

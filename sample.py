@@ -137,7 +137,7 @@ def run(settings):
     device, _ = pick_device(cfg.device)
     text = prompt(cfg.start)
     model, tokenizer = load(cfg)
-    model = model.to(device, pick_dtype(cfg.dtype, device)[0]).eval()
+    model = model.to(device, pick_dtype(cfg.dtype, device, model)[0]).eval()
     ids = tokenizer.encode(text)
     if not ids:
         raise ConfigError("--start is empty: a model needs at least one token to go on from")

@@ -17,9 +17,11 @@ import random
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,6 +30,8 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -35,18 +39,21 @@ import configurator
 from configurator import ROOT, ConfigError, check_values
 from data.corpus import DataError, load_tokenizer, replace_file
 from data.dataset import TRAIN, TRAIN_LOSS, VAL_LOSS, TokenDataset
+from kernels.muon import Muon as Muon
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint, save_checkpoint
 
 RANGES = {
     "seed": "[0, 2^31)",  # NumPy takes 32 bits, and ranks are added
     "max_iters warmup_iters lr_decay_iters curriculum_iters sample_interval": "[0, inf)",
     "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval": "[1, inf)",
-    "learning_rate": "(0, inf)",
+    "learning_rate muon_lr emb_lr head_lr scalar_lr": "(0, inf)",
     "weight_decay min_lr": "[0, inf)",
     "beta1 beta2": "[0, 1)",
     "grad_clip": "[0, inf]",
     "wsd_decay_share": "[0, 1]",
 }
+
+MUON_RATES = {"matrices": "muon_lr", "embedding": "emb_lr", "head": "head_lr", "vectors": "scalar_lr"}
 
 
 @dataclass
@@ -64,8 +71,13 @@ class TrainConfig:
     batch_size: int = 12  # sequences per micro-step and process
     gradient_accumulation_steps: int = 40  # micro-steps per optimiser step, divided among all processes
     # -- optimiser ----------------------------------------------------------------------------------------------------
-    learning_rate: float = 6e-4  # peak learning rate of AdamW
-    weight_decay: float = 0.1  # on matrices; norms, biases and gains do not decay
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal updates for the matrices in blocks, else AdamW
+    learning_rate: float = 6e-4  # peak learning rate of AdamW; with muon only what min_lr is compared with
+    muon_lr: float = 0.02  # peak learning rate of muon's matrices
+    emb_lr: float = 0.03  # with muon, AdamW's for embeddings
+    head_lr: float = 0.003  # for the head
+    scalar_lr: float = 0.003  # for norms, biases, gains and all that is no matrix in a block
+    weight_decay: float = 0.1  # on matrices; norms, biases and gains do not decay, nor do embedding and head with muon
     beta1: float = 0.9  # AdamW's first moment
     beta2: float = 0.95  # AdamW's second moment
     grad_clip: float = 1.0  # largest gradient norm; 0 = no clipping
@@ -95,12 +107,17 @@ class TrainConfig:
     wandb_mode: Literal["online", "offline"] = "online"  # offline: kept in out_dir/wandb, for `wandb sync`
     # -- system -------------------------------------------------------------------------------------------------------
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # for matrix products; weights are float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: a CPU measures
     compile: bool | None = None  # torch.compile: minutes at the start, faster steps; None = on CUDA only
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # for torch.distributed; auto: nccl on CUDA, else gloo
 
     def __post_init__(self):
         check_values(self, RANGES)
+        rates = [name for name in MUON_RATES.values() if getattr(self, name) != getattr(type(self), name)]
+        if self.optimizer != "muon" and rates:
+            raise ValueError(
+                f'{rates[0]}={getattr(self, rates[0])} does nothing without optimizer="muon": set that too'
+            )
         if bool(self.curriculum) != (self.curriculum_iters >= 7):
             raise ValueError("curriculum and curriculum_iters (7 or more) go together: set both or neither")
 
@@ -172,6 +189,14 @@ class World:
         dist.gather_object(value, values, group=self.control)
         return values
 
+    def of_main(self, value):
+        """The main process's `value`, on all processes."""
+        if self.control is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self.control)
+        return values[0]
+
     def close(self):
         if self.control is not None:
             dist.destroy_process_group()
@@ -192,25 +217,54 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def cpu_has_bf16():
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX, AVX512-BF16); elsewhere they only cost time."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+def product_seconds(shapes, tokens, dtype):
+    """Seconds of the products of linear layers, {(out, in): how many}, for so many tokens, backward included."""
+    seconds = 0.0
+    for (out, width), count in shapes.items():
+        x, w, g = torch.ones(tokens, width), torch.ones(out, width), torch.ones(tokens, out)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            start = time.perf_counter()
+            y = F.linear(x.requires_grad_(), w.requires_grad_())
+            torch.autograd.grad(y, (x, w), g.to(y.dtype))
+            seconds += count * (time.perf_counter() - start)
+    return seconds
 
 
-def pick_dtype(name, device):
-    """(dtype, reason) of matrix products on `device`."""
+def time_formats(model, tokens):
+    """{dtype: seconds} of a model's own products on this CPU, medians of rounds in either order; under 0.5 s in all.
+
+    No more than MEASURED_FLOPS per round: of a large model, fewer tokens.
+    """
+    shapes = Counter(tuple(m.weight.shape) for m in model.transformer.h.modules() if isinstance(m, nn.Linear))
+    weights = sum(out * width for out, width in shapes)
+    tokens = max(1, min(tokens, int(MEASURED_FLOPS / (6 * weights)) or 1))
+    formats, times = [torch.float32, torch.bfloat16], {torch.float32: [], torch.bfloat16: []}
+    first = {dtype: product_seconds(shapes, -(-tokens // 16), dtype) for dtype in formats}  # also warms up
+    if first[torch.bfloat16] > 0.2 and first[torch.bfloat16] > 4 * first[torch.float32]:
+        return first  # so slow that more rounds would take long
+    for round_ in range(5):
+        for dtype in formats if round_ % 2 else formats[::-1]:
+            times[dtype].append(product_seconds(shapes, tokens, dtype))
+    return {dtype: statistics.median(each) for dtype, each in times.items()}
+
+
+MEASURED_FLOPS = 1e9
+MARGIN = 0.8  # what surrounds products costs more in bfloat16: they must be this much faster
+
+
+def pick_dtype(name, device, model, tokens=1):
+    """(dtype, reason) of the matrix products of `model` on `device`, for so many tokens at a time."""
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.startswith("cuda"):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return (torch.bfloat16, "this GPU has it") if has_bf16 else (torch.float16, "this GPU has no bfloat16")
-    if device == "cpu" and cpu_has_bf16():
-        return torch.bfloat16, "this CPU has bfloat16 instructions"
-    return torch.float32, "no fast bfloat16 here"
+    if device != "cpu":
+        return torch.float32, "no fast bfloat16 here"
+    seconds = time_formats(model, tokens)
+    is_faster = seconds[torch.bfloat16] < MARGIN * seconds[torch.float32]
+    reason = ", ".join(f"{dtype_name(dtype)} {1e3 * each:.3g} ms" for dtype, each in seconds.items())
+    return torch.bfloat16 if is_faster else torch.float32, f"its products here: {reason}"
 
 
 # Dense bfloat16/float16 tensor-core peaks in TFLOP/s, from the makers' data sheets; matched by part of the device name.
@@ -339,9 +393,15 @@ class Trainer:
         self.iter_num, self.best_val_loss = 0, math.inf
         self.autocast = torch.autocast(self.device_type, dtype) if dtype != torch.float32 else nullcontext()
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
+        rates = {role: getattr(cfg, name) for role, name in MUON_RATES.items()} if cfg.optimizer == "muon" else None
+        if rates and self.config.htm_meta_target == "momentum":
+            raise ConfigError('--htm_meta_target=momentum scales AdamW\'s first moment: write "lr" under muon')
         self.optimizer = model.configure_optimizers(
-            cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), self.device_type
+            cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), self.device_type, rates
         )
+        if rates and dtype == torch.bfloat16:
+            self.optimizer.dtype = dtype  # its products are faster in it too
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         if cfg.gradient_accumulation_steps % world.size:
             raise ConfigError(
                 f"--gradient_accumulation_steps={cfg.gradient_accumulation_steps}: must be a multiple of the "
@@ -383,6 +443,15 @@ class Trainer:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
             raise CheckpointError(f"the checkpoint can write text but not be resumed: {type(e).__name__} {e}") from e
 
+    def groups(self):
+        """What each group of the optimiser trains, in words."""
+        parts = []
+        for group, peak in zip(self.optimizer.param_groups, self.peaks):
+            role = group.get("role", "matrices" if group["weight_decay"] else "without decay")
+            n = sum(p.numel() for p in group["params"])
+            parts.append(f"{role} {len(group['params'])} tensors of {n:,} numbers at {peak:g}")
+        return ", ".join(parts)
+
     def set_stage(self, step):
         """Put the model into the curriculum's stage of a step; ConfigError if it has no stages."""
         stage = curriculum(step, self.config.block_size, self.cfg.curriculum_iters, self.cfg.curriculum)[1]
@@ -395,8 +464,8 @@ class Trainer:
     def step(self):
         """One optimiser step; returns this process's mean loss and the gradient norm, 0-d tensors on the device."""
         cfg, B, first = self.cfg, self.cfg.batch_size, self.world.rank * self.micro_steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(cfg, self.iter_num)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks):
+            group["lr"] = peak / cfg.learning_rate * lr_at(cfg, self.iter_num)
         starts = self.data.windows(TRAIN, self.iter_num, self.sequences, self.config.block_size)
         T, _ = curriculum(self.iter_num, self.config.block_size, cfg.curriculum_iters, cfg.curriculum)
         if cfg.curriculum == "e7":
@@ -671,7 +740,6 @@ def run(settings):
     cfg = settings.build(TrainConfig)
     check_packages(cfg)
     device, why_device = pick_device(cfg.device)
-    dtype, why_dtype = pick_dtype(cfg.dtype, device)
     world = World(device, cfg.backend)
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
@@ -679,6 +747,8 @@ def run(settings):
     data = TokenDataset(cfg)
     model = build_model(settings, checkpoint, data)
     data.check(model.config.block_size, model.config.vocab_size)
+    dtype, why_dtype = world.of_main(pick_dtype(cfg.dtype, device, model, cfg.batch_size * model.config.block_size))
+    cfg.dtype = dtype_name(dtype)  # what a resumed run goes on with
     if cfg.log_alignment and not model.alignment(*data.batch("val", np.zeros(1, np.int64), model.config, "cpu")):
         raise ConfigError('--log_alignment compares with backpropagation: set a method other than "bp"')
     tokenizer = load_tokenizer(data.meta, data.folder) if cfg.sample_interval else None
@@ -689,7 +759,8 @@ def run(settings):
         print(
             f"{model.num_params() / 1e6:.2f}M parameters, {trainer.tokens_per_step:,} tokens per step, "
             f"{model.flops_per_token() / 1e6:,.1f} MFLOPs per token\n"
-            f"device {world.device} ({why_device}), dtype {dtype_name(dtype)} ({why_dtype}), {world.size} process(es)",
+            f"device {world.device} ({why_device}), dtype {dtype_name(dtype)} ({why_dtype}), {world.size} process(es)\n"
+            f"{cfg.optimizer}: {trainer.groups()}",
             flush=True,
         )
     if cfg.eval_only:

@@ -2,16 +2,18 @@
 Which ideas help? Trains configs with several seeds and learning rates through train.py, and reports.
 
     python -m lab.ablate config/ablation/*.py --seeds=3 --tune --jobs=2
+    python -m lab.ablate "no_rope: --pos_embedding=learned" config/ablation/baseline.py  # a row by its flags alone
     python -m lab.ablate --time      # each row's training step beside the baseline's, taking turns; trains nothing
     python -m lab.ablate --report    # tables in docs/results.md, plots, a page that opens offline; trains nothing
     python -m lab.ablate --pictures  # what the ideas look like inside trained models; trains nothing
 
-A run is OUT_DIR/ROW/lrX-seedY, ROW the config's name; the next call leaves finished runs alone, continues stopped ones
-and tries failed ones again. --report writes the results of finished runs to docs/results/NAME.jsonl (NAME: OUT_DIR
-without out-), which is committed: a run of those records with the same settings counts as finished too, so that a
-comparison can be spread over days and machines. --tune also trains each row at the best learning rate of a small grid,
-searched with one seed for one row per family; the other rows of the family use what it found. Another recipe, with
-commas between its files (--recipe=config/train_shakespeare_char_cpu.py,config/block_512.py), needs its own --out_dir.
+A run is OUT_DIR/ROW/lrX-seedY, ROW the config's name and X the learning rate (muon_lr under Muon); the next call
+leaves finished runs alone, continues stopped ones and tries failed ones again. --report writes the results of finished
+runs to docs/results/NAME.jsonl (NAME: OUT_DIR without out-), which is committed: a run of those records with the same
+settings counts as finished too, so that a comparison can be spread over days and machines. --tune also trains each row
+at the best learning rate of a small grid, searched with one seed for one row per family; the other rows of the family
+use what it found. Another recipe, with commas between its files
+(--recipe=config/train_shakespeare_char_cpu.py,config/block_512.py), needs its own --out_dir.
 """
 
 import base64
@@ -22,6 +24,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import statistics
 import sys
@@ -239,9 +242,13 @@ def find_runs(cfg):
 
 
 def find_rows(files):
-    """{row name: config file}."""
+    """{row name: config file, or flags where the word is "NAME: --flag=value ..."}."""
     rows = {}
     for file in files:
+        name, colon, words = file.partition(":")
+        if colon and re.fullmatch(r"\w+", name) and name not in rows:
+            rows[name] = words.strip()
+            continue
         if not (Path(file).is_file() or (ROOT / file).is_file()):
             raise ConfigError(f"{file}: no such config file")
         if (row := Path(file).stem) in rows:
@@ -252,14 +259,30 @@ def find_rows(files):
 
 def command(cfg, config, lr, seed):
     """The words for train.py, but for where the run lies."""
-    words = [*cfg.recipes, str(config), f"--learning_rate={lr:g}", f"--seed={seed}", "--eval_full=True"]
+    words = [*cfg.recipes, *words_of(config)]
     steps = [] if cfg.max_iters is None else [f"--max_iters={cfg.max_iters}", f"--lr_decay_iters={cfg.max_iters}"]
-    return words + steps
+    return [*words, f"--{rate_flag(words)}={lr:g}", f"--seed={seed}", "--eval_full=True", *steps]
+
+
+def words_of(config):
+    """A row's own words for train.py: its config file, or the flags that stand in its place."""
+    return [config] if config.endswith(".py") else shlex.split(config)
+
+
+def rate_flag(words):
+    """The learning rate that a comparison varies: that of the matrices in blocks."""
+    try:
+        return "muon_lr" if configurator.read(words, TrainConfig, GPTConfig).values["optimizer"] == "muon" else LR
+    except ConfigError:  # train.py itself will report it
+        return LR
+
+
+LR = "learning_rate"
 
 
 def learning_rates(cfg, recipe):
     """Those that were asked for, or the recipe's own."""
-    own = configurator.read(recipe, TrainConfig, GPTConfig).values["learning_rate"]
+    own = configurator.read(recipe, TrainConfig, GPTConfig).values[rate_flag(recipe)]
     return numbers("learning_rates", cfg.learning_rates) or [own]
 
 
@@ -287,11 +310,17 @@ def prepare(cfg, config, row, lr, seed):
         if changed := ", ".join(f"{k}={was[k]}, not {now[k]}" for k in sorted(was) if was[k] != now[k]):
             raise ConfigError(f"{run.folder} holds a run with {changed}: move it away, or give --out_dir=NEW")
     if not run.is_done:
-        file = Path(config) if Path(config).is_file() else ROOT / config
-        run.asked = {"row": row, "config": str(config), "text": file.read_text(encoding="utf-8"), "flags": words,
+        run.asked = {"row": row, "config": config, "text": text_of(config), "flags": words,
                      "settings": settings, "seed": seed, "learning_rate": lr, "recipe": cfg.recipes,
                      "jobs": cfg.jobs, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}  # fmt: skip
     return run
+
+
+def text_of(config):
+    """What a row's config file says, or its flags."""
+    if not config.endswith(".py"):
+        return config
+    return (Path(config) if Path(config).is_file() else ROOT / config).read_text(encoding="utf-8")
 
 
 def start(cfg, run):
@@ -610,11 +639,13 @@ def describe(cfg, runs):
     devices = [run.facts.get("device", "cpu") for run in done]
     machines = sorted({run.asked["machine"] + f", {on}" * (on != "cpu") for run, on in zip(done, devices)})
     jobs, seeds = sorted({run.asked["jobs"] for run in done}), sorted({run.seed for run in done})
+    flag, formats = rate_flag(recipes[0].split()), sorted({run.facts.get("dtype", "not recorded") for run in done})
     return (
         f"Recipe `{recipes[0]}`, {steps[0]} steps, {len(done)} finished runs, seeds {', '.join(map(str, seeds))}; "
-        f"machine {'; '.join(machines)}, {' or '.join(map(str, jobs))} run(s) at a time; commits "
+        f"machine {'; '.join(machines)}, {' or '.join(map(str, jobs))} run(s) at a time; number format "
+        f"{' or '.join(formats)}; commits "
         + ", ".join(f"{commit} ({n})" for commit, n in commits.most_common()) + ". "
-        f"A run is `python train.py {recipes[0]} CONFIG --learning_rate=LR --seed=SEED --eval_full=True`, its config "
+        f"A run is `python train.py {recipes[0]} CONFIG --{flag}=LR --seed=SEED --eval_full=True`, its config "
         "and flags are on the page; several at once: `python -m lab.ablate CONFIG ... --seeds=N --learning_rates=LR`. "
         "Loss: nats per token on the whole val split after the last step, mean ± standard deviation over seeds. "
         "The difference to the baseline of the same column has a 95 % t interval, paired by seed where two or more "
@@ -867,8 +898,8 @@ def draw_pictures(cfg, runs):
 
 
 def split_words(words):
-    """(config files, flags): the words ending in .py that are not a flag's value."""
-    files = [w for before, w in zip(["", *words], words) if w.endswith(".py") and w[:1] != "-" and before != "--recipe"]
+    """(rows, flags): rows are words "NAME: --flag=value ..." and those ending in .py that are not a flag's value."""
+    files = [w for before, w in zip(["", *words], words) if before != "--recipe" and re.match(r"[^-].*\.py$|\w+:", w)]
     return files, [w for before, w in zip(["", *words], words) if w not in files or before == "--recipe"]
 
 

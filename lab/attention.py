@@ -17,7 +17,6 @@ from kernels.fhn import fhn_propagate
 from lab import pictures
 from lab.measure import flags_of, in_fresh_process, interleave, peak_memory, speeds, with_gradients, without_grad
 from model import FHN, Cells, FHNMedium, GPTConfig, KnotGate, build_pd_anchors_1d
-from train import pick_dtype
 
 ATTENTION_LENGTHS = [str(2**n) for n in range(8, 17)]
 HEADS_OF = (6, 64)
@@ -121,7 +120,7 @@ def exponent(seconds):
 
 def time_attentions(lengths, cfg, device):
     """({name: {T: seconds}}, {name: {T: how much faster than dense attention, forward and backward}})."""
-    dtype = torch.float32 if cfg.dtype == "auto" else pick_dtype(cfg.dtype, device)[0]
+    dtype = torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     seconds, faster = {name: {} for name in ATTENTIONS}, {}
     for T in lengths:
         here = {name: how for name, (*how, longest) in ATTENTIONS.items() if longest >= T}
@@ -136,7 +135,7 @@ def time_attentions(lengths, cfg, device):
 
 def attention_memory(lengths, cfg, device):
     """{name: {T: peak MB}}, printed."""
-    dtype = torch.float32 if cfg.dtype == "auto" else pick_dtype(cfg.dtype, device)[0]
+    dtype = torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     memory = {}
     for name in (DENSE, SPARSE, KNOTS, WAVES):
         *how, longest = ATTENTIONS[name]

@@ -8,6 +8,7 @@ Speed and memory, always beside a reference in the same run.
     python -m lab.bench mlp        # channel mixers against the MLP; wavelets per edge; events reading active rows
     python -m lab.bench heads      # steps and memory of output heads; FLOPs at GPT-2's size
     python -m lab.bench residual   # steps of residual wirings, and of the package hyper-connections
+    python -m lab.bench optimizers # steps by AdamW and by Muon
     python -m lab.bench local      # steps of learning rules
     python -m lab.bench embeddings # steps and memory of sparse codes and manifolds, float32
     python -m lab.bench recall     # key-value pairs in random text: the share recalled from beyond the attention window
@@ -93,18 +94,24 @@ COMMON = {"vocab_size": 65, "bias": False}  # as nanoGPT trains on shakespeare_c
 # Training steps. A row of a table is a string of words that `flags_of` reads. What is no set of flags is in SPECIAL.
 
 
-def trainer_step(model, batch, device, folder, dtype, compiles=False):
+def trainer_step(model, batch, device, folder, dtype, compiles=False, optimizer="adamw"):
     """A step of train.py itself, loss fetched."""
     cfg = TrainConfig(
         dataset="", data_dir=str(folder), batch_size=batch, gradient_accumulation_steps=1, learning_rate=1e-3,
-        warmup_iters=100, beta2=0.99, compile=compiles,
+        warmup_iters=100, beta2=0.99, compile=compiles, optimizer=optimizer,
     )  # fmt: skip
-    trainer = Trainer(cfg, model, TokenDataset(cfg), World(device, "auto"), pick_dtype(dtype, device)[0])
+    dtype = pick_dtype(dtype, device, model, batch * model.config.block_size)[0]
+    trainer = Trainer(cfg, model, TokenDataset(cfg), World(device, "auto"), dtype)
     return lambda: trainer.step()[0].item()
 
 
 def our_step(flags, batch, device, folder, dtype, compiles=False):
     return trainer_step(GPT(GPTConfig(**flags)), batch, device, folder, dtype, compiles)
+
+
+def muon_step(flags, batch, device, folder, dtype, row):
+    """A step of a row's model by Muon."""
+    return trainer_step(GPT(GPTConfig(**flags | flags_of(row))), batch, device, folder, dtype, optimizer="muon")
 
 
 def nanogpt_step(flags, batch, device, folder, dtype):
@@ -146,10 +153,12 @@ PACKAGE = {
     "mHC of hyper-connections, 4 streams": {"make": package_step, "kind": "mhc"},
     "HC of hyper-connections, 4 streams": {"make": package_step, "kind": "hc"},
 }
-SPECIAL = CORE | PACKAGE
+MUON = {f"{row} by Muon": {"make": muon_step, "row": row} for row in ("baseline", "modern")}
+SPECIAL = CORE | PACKAGE | MUON
 STEP_ROWS = list(CORE)
 HEAD_ROWS = ["baseline", "baseline --loss_chunk=256", "mfs", "mfs --loss_chunk=256", "l4"]
 RESIDUAL_ROWS = ["baseline", "gated_blocks", "mhc", "hc", "mla", *PACKAGE]
+OPTIMIZER_ROWS = ["modern", "modern by Muon", "baseline", "baseline by Muon"]
 LOCAL_ROWS = ["bp", "fa", "dfa", "sign_sym"]
 EMBEDDING_ROWS = ["baseline", "sdr", "sdr_delta", "sdr_no_memory"]
 EMBEDDING_ROWS += ["manifold_sphere", "manifold_spectral", "manifold_e7", "manifold_rotor"]
@@ -183,11 +192,13 @@ def has_package(row):
 def bench_training(flags, batch, steps, rows, cfg, device):
     """Training steps of rows on `batch` sequences of a model of size `flags`, `steps` of them per round."""
     flags = COMMON | flags
+    tokens = batch * flags["block_size"]
+    dtype = dtype_name(pick_dtype(cfg.dtype, device, GPT(GPTConfig(**flags)), tokens)[0])  # one for all
     with random_corpus() as folder:
-        contenders = {row: contender(row, flags, batch, device, folder, cfg.dtype) for row in rows if has_package(row)}
+        contenders = {row: contender(row, flags, batch, device, folder, dtype) for row in rows if has_package(row)}
         size = ", ".join(f"{name} {flags[name]}" for name in ("n_layer", "n_embd", "block_size", "vocab_size"))
-        title = f"training step, {size}, batch {batch}, {dtype_name(pick_dtype(cfg.dtype, device)[0])}"
-        return compare(title, contenders, cfg, device, "tokens", batch * flags["block_size"] * steps, steps)
+        title = f"training step, {size}, batch {batch}, {dtype}"
+        return compare(title, contenders, cfg, device, "tokens", tokens * steps, steps)
 
 
 SIZE_FLAGS = ("n_layer", "n_head", "n_embd", "block_size", "bias")
@@ -236,7 +247,7 @@ HEADS = {
     "flops": bench_head_flops,
 }
 RESIDUAL = EMBEDDINGS = {"6x384": partial(bench_training, MEDIUM, 16, 1)}
-LOCAL = {"cpu": partial(bench_training, SMALL, 12, 5), "6x384": partial(bench_training, MEDIUM, 16, 1)}
+OPTIMIZERS = LOCAL = {"cpu": partial(bench_training, SMALL, 12, 5), "6x384": partial(bench_training, MEDIUM, 16, 1)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -413,8 +424,9 @@ def bench_recipe(rows, cfg, device):
         repeat(step, cfg.max_iters)
         losses[REFERENCE].append(plain_val_loss(plain, data.splits["val"]))
         torch.manual_seed(seed)
-        dtype = pick_dtype(cfg.dtype, device)[0]
-        trainer = Trainer(train_cfg, GPT(GPTConfig(**flags)), data, World(device, "auto"), dtype)
+        model = GPT(GPTConfig(**flags))
+        dtype = pick_dtype(cfg.dtype, device, model, train_cfg.batch_size * model.config.block_size)[0]
+        trainer = Trainer(train_cfg, model, data, World(device, "auto"), dtype)
         repeat(trainer.step, cfg.max_iters)
         losses["ours"].append(trainer.evaluate()["val_loss"])
         print(f"seed {seed}: " + ", ".join(f"{name} {each[-1]:.4f}" for name, each in losses.items()), flush=True)
@@ -581,6 +593,7 @@ BENCHES = {
     "mlp": Bench(each(CHANNEL), list(CHANNEL), MIXERS + EDGES),
     "heads": Bench(each(HEADS), list(HEADS), HEAD_ROWS),
     "residual": Bench(each(RESIDUAL), list(RESIDUAL), RESIDUAL_ROWS),
+    "optimizers": Bench(each(OPTIMIZERS), list(OPTIMIZERS), OPTIMIZER_ROWS),
     "local": Bench(each(LOCAL), list(LOCAL), LOCAL_ROWS),
     "embeddings": Bench(each(EMBEDDINGS), list(EMBEDDINGS), EMBEDDING_ROWS),
     "recall": Bench(bench_recall, RECALLERS, []),

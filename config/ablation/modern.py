@@ -6,5 +6,6 @@ pos_embedding = "rope"
 mlp_act = "relu2"
 emb_norm = True
 zero_init_proj = True
+init_gain = 0.6
 logit_softcap = 15.0
 tie_weights = False

@@ -22,8 +22,11 @@ from smoke_test import SIZE, VARIANTS
 # The values of a flag besides its default: numbers that suit SIZE, mixers; every choice and both bools follow below
 VALUES = {
     "dropout": [0.1],
-    "attn_mode": ["sigmoid", "fhn", "kaufmann"],
+    "attn_mode": ["sigmoid", "fhn", "kaufmann", "gla", "gdn"],
     "attn_pattern": ["fhn,softmax", "kaufmann,sigmoid"],
+    "short_conv": [3],
+    "short_conv_at": ["abcd"],
+    "n_kv_head": [1],
     "kan_bank": [1],
     "bio_omega": [2.0],
     "bio_compartments": [2],
@@ -102,6 +105,7 @@ GRAPE = [{"method": rule, "fa_grape": True, **UNTIED} for rule in ("fa", "dfa")]
 NOT_BP = [{"method": rule, **UNTIED} for rule in ("fa", "sign_sym", "dfa")]
 WAVELETS = [{"use_kan": True}, {"attn_mode": "kaufmann"}, {"attn_pattern": "kaufmann,sigmoid"}]
 ON = {
+    "short_conv_at": [{"short_conv": 3}],
     "sigmoid_bias_mode ste_sigmoid": SIGMOID,
     "kan_wavelet kan_edges kan_bank": WAVELETS,
     "kan_match_params": [{"use_kan": True}],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configurator import inside
-from model import CONFLICTS, NEEDS, RANGES, GPTConfig
+from model import CONFLICTS, MIXERS, NEEDS, RANGES, GPTConfig
 
 TYPES = {f.name: typing.get_type_hints(GPTConfig)[f.name] for f in fields(GPTConfig)}
 DEFAULTS = {f.name: f.default for f in fields(GPTConfig)}
@@ -76,6 +76,8 @@ def test_integers_of_other_libraries_become_int():
 # A configuration in which a need of the plain model is not met, by what is needed
 OFF = {
     'norm="layer"': {"norm": "rms"},
+    "a layer with values (c_attn)": {"attn_mode": "bare"},
+    'dfa_feedback="matrix"': {"method": "dfa", "tie_weights": False, "dfa_feedback": "skip"},
     "a softmax layer": {"attn_mode": "sigmoid"},
     "the plain MLP": {"use_swiglu": True},
     'mlp_act="gelu"': {"mlp_act": "relu2"},
@@ -97,12 +99,15 @@ def another(name):
         return next(choice for choice in typing.get_args(kind) if choice != default)
     if kind is bool:
         return not default
+    if kind is str:
+        return {"short_conv_at": "a"}[name]
     tries = (default + 1, default - 1, default / 2 + 0.1, default * 0.9, 0.3)
     return next(kind(v) for v in tries if kind(v) != default and inside(kind(v), INTERVALS[name]))
 
 
 @pytest.mark.parametrize("flags, switch, is_on", NEEDS, ids=[row[1] for row in NEEDS])
-def test_a_flag_is_refused_where_it_does_nothing(flags, switch, is_on):
+def test_a_flag_is_refused_where_it_does_nothing(flags, switch, is_on, monkeypatch):
+    monkeypatch.setitem(MIXERS, "bare", type("Bare", (), {}))  # a mixer that declares nothing
     around = OFF.get(switch, {})
     assert not is_on(GPTConfig(**around)), "this row is met by the plain model: OFF needs an entry for it"
     for name in flags.split():

@@ -100,6 +100,15 @@ def alone(shakespeare, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
+def test_two_processes_equal_one_under_muon(together, shakespeare, tmp_path):
+    given = FOUR | {"optimizer": "muon", "bias": False}
+    assert run_alone(*flags(shakespeare, tmp_path / "one", **given)) == 0
+    stdout = together(*flags(shakespeare, tmp_path / "two", **given))
+    assert "muon: matrices 8 tensors" in stdout
+    assert_close(tmp_path / "two", tmp_path / "one")
+
+
 def test_two_processes_equal_one(together, shakespeare, alone, tmp_path):
     stdout = together(*flags(shakespeare, tmp_path, **FOUR))
     assert len(losses(tmp_path)) == 6

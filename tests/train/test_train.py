@@ -291,6 +291,98 @@ def test_the_schedule_is_what_the_optimizer_gets(straight):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Muon, and the number format.
+
+MUON = {"optimizer": "muon", "muon_lr": 0.01, "emb_lr": 0.02, "scalar_lr": 0.004, "tie_weights": False}
+
+
+def test_muon_learns_resumes_exactly_and_says_who_gets_what(shakespeare, tmp_path, capsys):
+    given = MUON | {"lr_decay_iters": 8, "norm": "rms", "bias": False}
+    assert run_here(*flags(shakespeare, tmp_path / "straight", max_iters=8, **given)) == 0
+    printed = capsys.readouterr().out.splitlines()[2]
+    assert printed.startswith("muon: matrices 8 tensors of 24,576 numbers at 0.01, embedding 2 tensors of ")
+    assert " at 0.02, head 1 tensors of " in printed and printed.endswith(" at 0.003")
+    assert run_here(*flags(shakespeare, tmp_path / "stopped", max_iters=5, **given)) == 0
+    assert run_here(f"--out_dir={tmp_path / 'stopped'}", "--init_from=resume", "--max_iters=8") == 0
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+    a, b = (load_checkpoint(tmp_path / out / "ckpt_last.pt") for out in ("stopped", "straight"))
+    assert same(a["model"], b["model"]) and same(a["optimizer"]["state"], b["optimizer"]["state"])
+    assert losses(tmp_path / "straight")[-1] < losses(tmp_path / "straight")[0]
+    cfg = TrainConfig(learning_rate=1e-3, warmup_iters=2, lr_decay_iters=8)
+    logged = [x["lr"] for x in history(tmp_path / "straight") if "loss" in x]
+    assert logged == pytest.approx([10 * lr_at(cfg, i) for i in range(8)])  # muon_lr's share of learning_rate
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"muon_lr": 0.01}, 'muon_lr=0.01 does nothing without optimizer="muon"'),
+        ({"optimizer": "muon", "htm_meta_strength": 0.5, "htm_meta_target": "momentum"}, "AdamW's first moment"),
+        ({"optimizer": "muon", "emb_lr": 0.0}, "emb_lr=0.0"),
+    ],
+)
+def test_muon_refuses(given, words, shakespeare, tmp_path, capsys):
+    assert run_here(*flags(shakespeare, tmp_path, **given)) == 2
+    assert words in error_of(capsys)
+
+
+def formats(monkeypatch, **seconds):
+    """Let products take so many seconds per call, by the name of their format."""
+    calls = []
+
+    def product_seconds(shapes, tokens, dtype):
+        calls.append((train.dtype_name(dtype), tokens, dict(shapes)))
+        return seconds[train.dtype_name(dtype)]
+
+    monkeypatch.setattr(train, "product_seconds", product_seconds)
+    return calls
+
+
+def test_the_faster_format_is_taken_and_both_are_told(monkeypatch):
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=9))
+    calls = formats(monkeypatch, float32=0.01, bfloat16=0.004)
+    dtype, why = train.pick_dtype("auto", "cpu", model, 64)
+    assert dtype == torch.bfloat16 and "float32 10 ms" in why and "bfloat16 4 ms" in why
+    assert {name for name, _, _ in calls} == {"float32", "bfloat16"} and calls[-1][1] == 64
+    assert calls[0][2] == {(96, 32): 2, (32, 32): 2, (128, 32): 2, (32, 128): 2}  # the model's own layers
+    order = [name for name, tokens, _ in calls if tokens == 64]
+    assert order[:4] in (["float32", "bfloat16"] * 2, ["bfloat16", "float32", "float32", "bfloat16"])  # either order
+    for slow in (0.009, 0.02, 5.0):  # hardly faster, slower, far slower
+        formats(monkeypatch, float32=0.01, bfloat16=slow)
+        assert train.pick_dtype("auto", "cpu", model, 64)[0] == torch.float32
+
+
+def test_a_hopeless_format_is_not_measured_at_length(monkeypatch):
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=9))
+    calls = formats(monkeypatch, float32=0.01, bfloat16=5.0)
+    train.pick_dtype("auto", "cpu", model, 64)
+    assert len(calls) == 2
+
+
+def test_measuring_formats_takes_under_half_a_second_and_no_random_number():
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65))
+    before = torch.get_rng_state()
+    train.time_formats(model, 768)  # the first call also loads libraries
+    start = train.time.perf_counter()
+    seconds = train.time_formats(model, 768)
+    elapsed = train.time.perf_counter() - start
+    assert all(0 < each < 1 for each in seconds.values()) and torch.equal(before, torch.get_rng_state())
+    assert elapsed < 0.5 or elapsed < 20 * sum(seconds.values())  # 12 rounds of each on a machine that is busy
+
+
+def test_a_resumed_run_keeps_its_format(shakespeare, tmp_path, monkeypatch, capsys):
+    formats(monkeypatch, float32=0.01, bfloat16=0.001)
+    assert run_here(*flags(shakespeare, tmp_path, dtype="auto")) == 0
+    assert "dtype bfloat16" in capsys.readouterr().out
+    formats(monkeypatch, float32=0.001, bfloat16=0.01)
+    assert run_here(f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=8") == 0
+    assert "dtype bfloat16" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run.json").read_text())["dtype"] == "bfloat16"
+    assert run_here(f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=9", "--dtype=auto") == 0  # asked anew
+    assert "dtype float32" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation.
 
 

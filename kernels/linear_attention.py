@@ -1,0 +1,104 @@
+"""
+Attention with a matrix for its memory, in chunks. S (dk, dv) per head; q, k (B, nh, T, dk), v (B, nh, T, dv).
+
+    gated linear attention:  S_t = diag(a_t) S_{t-1} + k_t v_t^T                          a_t (dk,)
+    gated delta rule:        S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T  a_t, beta_t numbers, |k_t| = 1
+    y_t = S_t^T q_t
+
+`gla_reference` and `gdn_reference` are the plain loops, in any float type. `gla` and `gdn` take a chunk of tokens at
+once: within it everything is matrix products, between chunks the state goes on. Decays come as logarithms, at least
+LEAST for gla, whose scaled queries and keys would overflow below it. All return (y, S after the last token).
+
+Sources: Yang et al. 2024, arXiv 2312.06635 (gla) and arXiv 2412.06464 (gdn).
+"""
+
+import torch
+from torch.nn import functional as F
+
+GLA_CHUNK = 16
+GDN_CHUNK = 32
+LEAST = -5.0  # the least log a of gla: exp(LEAST GLA_CHUNK) is a normal float32
+
+
+def gla_reference(q, k, v, log_a, S):
+    out = []
+    for t in range(q.size(2)):
+        S = log_a[:, :, t].exp()[..., None] * S + k[:, :, t, :, None] * v[:, :, t, None, :]
+        out.append((q[:, :, t, None] @ S)[:, :, 0])
+    return torch.stack(out, 2), S
+
+
+def gdn_reference(q, k, v, log_a, beta, S):
+    out = []
+    for t in range(q.size(2)):
+        S, key, share = log_a[:, :, t].exp()[..., None, None] * S, k[:, :, t, :, None], beta[:, :, t, None, None]
+        S = S + share * key * (v[:, :, t, None] - key.mT @ S)
+        out.append((q[:, :, t, None] @ S)[:, :, 0])
+    return torch.stack(out, 2), S
+
+
+def chunks(x, length):
+    """x (B, nh, T, ...) as (B, nh, n, length, ...), padded with zeros: keys of 0 and log decays of 0 change nothing."""
+    missing = -x.size(2) % length
+    if missing:
+        x = F.pad(x, [0, 0] * (x.dim() - 3) + [0, missing])
+    return x.unflatten(2, (-1, length))
+
+
+def gla(q, k, v, log_a, S):
+    """(y (B, nh, T, dv), S (B, nh, dk, dv)) from q, k, log_a (B, nh, T, dk), v, and the S before; see above."""
+    T = q.size(2)
+    length = min(GLA_CHUNK, T)
+    q, k, v, log_a = (chunks(x, length) for x in (q, k, v, log_a))
+    b = log_a.cumsum(3)  # (B, nh, n, length, dk): decay from the chunk's start on
+    causal, end = torch.ones(length, length, dtype=torch.bool, device=q.device).tril(), b[..., -1:, :]
+    q, decay = q * b.exp(), end.exp().mT
+    scores = (q @ (k * (-b).exp()).mT).masked_fill(~causal, 0.0)
+    within, added = scores @ v, (k * (end - b).exp()).mT @ v
+    out = []
+    for n in range(q.size(2)):
+        out.append(within[:, :, n] + q[:, :, n] @ S)
+        S = decay[:, :, n] * S + added[:, :, n]
+    return torch.cat(out, 2)[:, :, :T], S
+
+
+def unit_lower_inverse(M):
+    """(I + M)^-1 of strictly lower triangular M (..., n, n), n a power of 2: by halves, as stable as substitution.
+
+    [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]], for all pairs of blocks of 1, 2, 4, ... at once.
+    """
+    n, size = M.size(-1), 1
+    inverse = M.new_ones(*M.shape[:-1], 1, 1)  # (..., blocks, size, size)
+    while size < n:
+        A, B = inverse.unflatten(-3, (-1, 2)).unbind(-3)
+        pairs = M.unflatten(-2, (-1, 2 * size)).unflatten(
+            -1, (-1, 2 * size)
+        )  # (..., block row, 2 size, block column, 2 size)
+        C = pairs.diagonal(0, -4, -2).movedim(-1, -3)[..., size:, :size]
+        below, above = torch.cat((-(B @ C @ A), B), -1), F.pad(A, (0, size))
+        inverse, size = torch.cat((above, below), -2), 2 * size
+    return inverse[..., 0, :, :]
+
+
+def gdn(q, k, v, log_a, beta, S):
+    """(y (B, nh, T, dv), S (B, nh, dk, dv)) from q, k, v, log_a and beta (B, nh, T), and the S before; see above.
+
+    With g the decay since the chunk's start, each token writes u = beta (v - what the memory holds for k), a linear
+    system: (I + M) u = beta v - beta e^g k S, M_ij = beta_i e^(g_i - g_j) k_i k_j for j < i.
+    """
+    T = q.size(2)
+    length = min(GDN_CHUNK, 1 << (T - 1).bit_length())
+    q, k, v, log_a, beta = (chunks(x, length) for x in (q, k, v, log_a, beta))
+    g, share = log_a.cumsum(3)[..., None], beta[..., None]  # (B, nh, n, length, 1)
+    causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    decay = (g - g.mT).masked_fill(~causal, -torch.inf).exp()
+    inverse = unit_lower_inverse((share * (k @ k.mT) * decay).tril(-1))
+    u, w = inverse @ (share * v), inverse @ (share * g.exp() * k)
+    scores, end = (q @ k.mT) * decay, g[..., -1:, :]
+    q, k_end, end = q * g.exp(), (k * (end - g).exp()).mT, end.exp()
+    out = []
+    for n in range(q.size(2)):
+        written = u[:, :, n] - w[:, :, n] @ S
+        out.append(q[:, :, n] @ S + scores[:, :, n] @ written)
+        S = end[:, :, n] * S + k_end[:, :, n] @ written
+    return torch.cat(out, 2)[:, :, :T], S
