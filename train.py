@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -233,22 +234,25 @@ def product_seconds(shapes, tokens, dtype):
 def time_formats(model, tokens):
     """{dtype: seconds} of a model's own products on this CPU, medians of rounds in either order; under 0.5 s in all.
 
-    No more than MEASURED_FLOPS per round: of a large model, fewer tokens.
+    A round has at most MEASURED_FLOPS: of large models the smaller shapes alone, since few tokens would show little
+    but the weights' conversion.
     """
-    shapes = Counter(tuple(m.weight.shape) for m in model.transformer.h.modules() if isinstance(m, nn.Linear))
-    weights = sum(out * width for out, width in shapes)
-    tokens = max(1, min(tokens, int(MEASURED_FLOPS / (6 * weights)) or 1))
+    counts = Counter(tuple(m.weight.shape) for m in model.transformer.h.modules() if isinstance(m, nn.Linear))
+    order = sorted(counts, key=math.prod)
+    cost = list(accumulate(6 * math.prod(shape) * tokens for shape in order))
+    shapes = {shape: counts[shape] for shape, flops in zip(order, cost) if flops <= max(MEASURED_FLOPS, cost[0])}
+    tokens = max(1, min(tokens, int(tokens * MEASURED_FLOPS / cost[0])))
     formats, times = [torch.float32, torch.bfloat16], {torch.float32: [], torch.bfloat16: []}
     first = {dtype: product_seconds(shapes, -(-tokens // 16), dtype) for dtype in formats}  # also warms up
-    if first[torch.bfloat16] > 0.2 and first[torch.bfloat16] > 4 * first[torch.float32]:
-        return first  # so slow that more rounds would take long
-    for round_ in range(5):
+    if first[torch.bfloat16] > 4 * first[torch.float32]:
+        return first  # it is emulated: full rounds would take seconds
+    for round_ in range(4):
         for dtype in formats if round_ % 2 else formats[::-1]:
             times[dtype].append(product_seconds(shapes, tokens, dtype))
     return {dtype: statistics.median(each) for dtype, each in times.items()}
 
 
-MEASURED_FLOPS = 1e9
+MEASURED_FLOPS = 4e9
 MARGIN = 0.8  # what surrounds products costs more in bfloat16: they must be this much faster
 
 

@@ -1,0 +1,114 @@
+"""
+Which ideas survive a modern baseline? One table over the rungs, from the committed records of lab.ablate.
+
+    python -m lab.rungs    # writes it into README.md and docs/results.md, between their marks
+
+M0 is nanoGPT's block, M1 a plain modern one (config/presets/modern.py), M2 the same trained by Muon; none has an idea
+in it, and each is tuned by itself. A cell is an idea's loss minus its rung's, paired by seed, with a 95 % interval.
+"""
+
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import configurator
+from lab.ablate import BASELINE, AblateConfig, columns_of, difference, find_runs, markdown, write_between_marks
+
+RUNGS = {"M0": "out-ablation", "M1": "out-modern", "M2": "out-modern-muon"}
+CONTROLS = ("short_conv", "token_shift", "value_embeds", "x0_skip", "gla", "gdn")  # what the field would try first
+
+
+@dataclass
+class RungsConfig:
+    """Where the table goes."""
+
+    # -- rungs --------------------------------------------------------------------------------------------------------
+    docs: str = "docs"  # where results/ and results.md lie
+    readme: str = "README.md"  # the other page
+
+
+def tuned_rows(docs, out_dir):
+    """{row: finished runs at its best learning rate} of a rung."""
+    cfg = AblateConfig(out_dir=out_dir, docs=docs, learning_rates="1e-3,3e-3" if out_dir == RUNGS["M0"] else "")
+    columns = columns_of(cfg, find_runs(cfg))
+    return columns.get("tuned") or list(columns.values())[-1]
+
+
+def losses(runs):
+    return {run.seed: run.loss for run in runs}
+
+
+def differences(rungs):
+    """{row: {rung: Difference to the rung's baseline}} of the rows that were run on M1 or M2."""
+    found = {}
+    for rung, rows in rungs.items():
+        for row in rows.keys() - {BASELINE}:
+            found.setdefault(row, {})[rung] = difference(losses(rows[row]), losses(rows[BASELINE]))
+    return {row: each for row, each in found.items() if each.keys() - {"M0"}}
+
+
+def survival(each):
+    """The share of an idea's gain on M0 that is left on M2; "" where M0 shows no gain, or M2 was not run."""
+    was, now = each.get("M0"), each.get("M2")
+    if was is None or now is None or was.half is None or was.mean + was.half >= 0:
+        return ""
+    return f"{now.mean / was.mean:.0%}"
+
+
+def verdict(each):
+    """What M2 says, the last rung."""
+    last = each.get("M2")
+    if last is None or last.half is None:
+        return "undecided"
+    if abs(last.mean) <= last.half:
+        return "no difference"
+    return "better" if last.mean < 0 else "worse"
+
+
+def table(rungs):
+    """The lines of the table, best on M2 first, as `markdown` takes them."""
+    found = differences(rungs)
+    worst = max((d.mean for each in found.values() for d in each.values()), default=0.0)
+    order = sorted(found, key=lambda row: found[row]["M2"].mean if "M2" in found[row] else worst)
+    lines = []
+    for row in order:
+        each = found[row]
+        sizes = rungs["M2"].get(row) or rungs["M1"][row]
+        base = (rungs["M2"] if row in rungs["M2"] else rungs["M1"])[BASELINE]
+        cells = {"idea": row + " (control)" * (row in CONTROLS)}
+        cells |= {f"on {rung}": str(each.get(rung, "")) for rung in rungs}
+        cells |= {"survives": survival(each), "on M2 it is": verdict(each)}
+        cells["parameters"] = f"{sizes[0].facts['parameters'] / base[0].facts['parameters']:.2f}x"
+        lines.append({name: (text, None) for name, text in cells.items()})
+    return lines
+
+
+def describe(rungs):
+    """A sentence on each rung's baseline."""
+    parts = []
+    for rung, rows in rungs.items():
+        runs = rows[BASELINE]
+        mean, n = statistics.fmean(losses(runs).values()), len(runs)
+        parts.append(f"{rung} {mean:.3f} ({n} seed{'s' * (n > 1)}, learning rate {runs[0].lr:g})")
+    return (
+        "Loss of the rungs without any idea, in nats: "
+        + "; ".join(parts)
+        + ". Cells: loss minus the rung's, paired by "
+        "seed, ± a 95 % t interval. *survives*: the share of the gain on M0 that is left on M2."
+    )
+
+
+def main(argv=None):
+    with configurator.one_line_errors("lab.rungs", OSError):
+        words = sys.argv[1:] if argv is None else argv
+        cfg = configurator.read(words, RungsConfig, doc=__doc__).build(RungsConfig)
+        rungs = {rung: tuned_rows(cfg.docs, out_dir) for rung, out_dir in RUNGS.items()}
+        text = describe(rungs) + "\n\n" + markdown(table(rungs))
+        for page in (Path(cfg.readme), Path(cfg.docs) / "results.md"):
+            write_between_marks(page, "rungs", text)
+            print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    main()
