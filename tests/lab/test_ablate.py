@@ -305,6 +305,21 @@ def test_a_killed_run_goes_on_where_it_was(recipe, tmp_path, capsys):
     assert kept and kept.items() <= {line["iter"]: line["tokens_per_s"] for line in resumed.steps}.items()  # not redone
 
 
+def test_a_row_by_its_flags_alone(recipe, tmp_path, capsys, in_process):
+    """And under Muon the rate that is varied is its own."""
+    words = [config(tmp_path, "baseline"), "by_muon: --optimizer=muon --bias=True", f"--recipe={recipe()}", "--seeds=1"]
+    out = tmp_path / "out-flags"
+    assert run_here(*words, f"--out_dir={out}", "--learning_rates=0.01") == 0
+    plain, muon = Run(out / "baseline/lr0.01-seed0"), Run(out / "by_muon/lr0.01-seed0")
+    assert plain.is_done and muon.is_done
+    assert plain.facts["config"]["learning_rate"] == 0.01 and plain.facts["config"]["optimizer"] == "adamw"
+    assert muon.facts["config"]["muon_lr"] == 0.01 and muon.facts["config"]["learning_rate"] == 1e-3
+    assert muon.facts["model_args"]["bias"] and muon.asked["text"] == "--optimizer=muon --bias=True"
+    capsys.readouterr()
+    assert run_here(*words, f"--out_dir={out}", "--learning_rates=0.01") == 0
+    assert "2 runs, 2 of them finished before" in capsys.readouterr().out
+
+
 def test_a_failed_run_is_marked_and_tried_again(recipe, tmp_path, capsys):
     out = tmp_path / "out-failed"
     rows = [config(tmp_path, "baseline"), config(tmp_path, "broken", 'mlp_act = "no such thing"\n')]
