@@ -54,6 +54,7 @@ from kernels.partition import karmarkar_karp
 from kernels.ramanujan import ramanujan_table
 from kernels.rotor import rotate_pairs, rotation
 from kernels.scan import gated_scan
+from kernels.short_conv import short_conv as convolve
 from kernels.wavekan import wavelet_bank, wavelet_edges
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,13 +308,12 @@ RANGES = {  # flags: the interval of their values; nan lies in none
     "block_size vocab_size n_layer n_head n_embd": "[1, inf)",
     "dropout bio_threshold region_prior_decay htm_meta_decay": "[0, 1)",
     "init_gain logit_softcap short_conv n_kv_head geodesic_weight": "[0, inf)",
-    "kan_bank": "[1, inf)",
     "bio_omega": "(-inf, inf)",
     "bio_compartments bio_dendrite_dim": "[0, inf)",
     "bio_target_sparsity": "(0, 1)",
     "rope_base": "(1, inf)",
     "ferope_m anchor_jitter neighbor_rings region_size region_edges region_rings": "[0, inf)",
-    "anchor_min_gap feedback_hops": "[1, inf)",
+    "kan_bank anchor_min_gap feedback_hops": "[1, inf)",
     "anchor_seed frozen_seed": "[0, 9e18]",
     "knot_vertices": "[3, 127]",
     "knot_block knot_k": "[1, inf)",
@@ -967,16 +967,13 @@ class ShortConv(nn.Module):
         self.w = nn.Parameter(torch.zeros(taps * channels))  # flat: vectors do not decay
 
     def forward(self, x, state=None):
-        (B, T, C), reach, store = x.shape, self.taps - 1, store_of(state, self)
-        w = self.w.view(self.taps, C).to(x.dtype)
-        y = torch.addcmul(x, w[0], x)
-        if reach:
-            x = torch.cat((store.get("last", x.new_zeros(B, reach, C)), x), 1)  # (B, reach + T, C)
-            if state is not None:
-                store["last"] = x[:, -reach:].clone()
-        for j in range(1, self.taps):
-            y = torch.addcmul(y, w[j], x[:, reach - j : reach - j + T])
-        return y
+        w = self.w.view(self.taps, -1).to(x.dtype)
+        if state is None or self.taps == 1:
+            return convolve(x, w)
+        store = state.of(self)
+        before = store.get("last", x.new_zeros(x.size(0), self.taps - 1, x.size(2)))
+        store["last"] = torch.cat((before, x), 1)[:, 1 - self.taps :].clone()
+        return convolve(x, w, before)
 
     def flops_per_token(self, T):
         return 2 * self.w.numel()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kernels.short_conv import reference, short_conv as convolve
 from model import GPT, DecodingState, GPTConfig, ShortConv, rms_norm, softcap
 
 SIZE = {"block_size": 12, "vocab_size": 17, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": False}
@@ -147,6 +148,14 @@ def test_short_conv_is_a_depthwise_convolution(taps):
     state = DecodingState()
     stepped = torch.cat([conv(part, state) for part in x.split((1, 5, 2, 4), 1)], 1)
     assert torch.allclose(stepped, wanted, atol=1e-12)
+
+
+def test_short_conv_gradients():
+    """Of the hand-written backward, by finite differences, and for texts shorter than the filter."""
+    for T in (1, 3, 9):
+        x, w = torch.randn(2, T, 3).double().requires_grad_(), torch.randn(4, 3).double().requires_grad_()
+        assert torch.autograd.gradcheck(convolve, (x, w))
+        assert torch.allclose(convolve(x, w), reference(x, w), atol=1e-14)
 
 
 def test_short_conv_is_where_it_is_said_to_be():
