@@ -387,7 +387,7 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("l4_loss_weight ae_window ae_dim", "add_l4_losses", lambda c: c.add_l4_losses),
     ("slate_window", "add_l4_losses and region_size=0", lambda c: c.add_l4_losses and not c.region_size),
     ("region_slate_include_prior", "region_size and use_mfs_head or add_l4_losses", lambda c: c.has_region_slate),
-    ("region_prior_decay", "region_slate_include_prior", lambda c: c.has_region_slate and c.region_slate_include_prior),
+    ("region_prior_decay", "region_size's prior", lambda c: c.has_region_slate and c.region_slate_include_prior),
     ("region_slate_include_error", "region_size and add_l4_losses", lambda c: c.region_size and c.add_l4_losses),
     # -- learning rules
     ("ln_mode", 'norm="layer"', lambda c: c.norm == "layer"),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import kernels.oscillator as oscillator
 from kernels.oscillator import oscillate, reference
-from model import BioMLP, DendriticCompartmentLayer, OscillatingActivation, SparseEventLayer
+from model import BioMLP, DendriticCompartmentLayer, GPTConfig, OscillatingActivation, SparseEventLayer
 
 DEFAULTS = {
     "n_embd": 12, "bias": True, "dropout": 0.0, "bio_omega": 1.0, "bio_osc_learnable": True, "bio_compartments": 0,
@@ -30,7 +30,7 @@ KINDS = [
 
 
 def config(**flags):
-    return SimpleNamespace(**DEFAULTS | flags)
+    return SimpleNamespace(**vars(GPTConfig()) | DEFAULTS | flags)
 
 
 def build(flags, seed=0, dtype=torch.float64):

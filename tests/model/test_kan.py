@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from helpers import FIXTURES
 from kernels import wavekan
 from kernels.wavekan import WAVELETS, bank_reference, edges_reference, wavelet_bank, wavelet_edges
-from model import SwiGLU, WaveKAN, WaveletEdges, WaveletMap, wavelet_map
+from model import GPTConfig, SwiGLU, WaveKAN, WaveletEdges, WaveletMap, wavelet_map
 
 FORMS = {"bank": (wavelet_bank, bank_reference), "edges": (wavelet_edges, edges_reference)}
 IKAN = json.loads((FIXTURES / "ikan.json").read_text())
@@ -22,7 +22,7 @@ IKAN = json.loads((FIXTURES / "ikan.json").read_text())
 
 def settings_of(**flags):
     defaults = {"n_embd": 32, "bias": True, "dropout": 0.0, "kan_wavelet": "mex", "kan_edges": "shared", "kan_bank": 2}
-    return SimpleNamespace(**defaults | {"kan_match_params": True} | flags)
+    return SimpleNamespace(**vars(GPTConfig()) | defaults | {"kan_match_params": True} | flags)
 
 
 def problem(shape, n, seed=0, dtype=torch.float64):
