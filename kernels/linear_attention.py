@@ -6,13 +6,15 @@ Attention with a matrix for its memory, in chunks. S (dk, dv) per head; q, k (B,
     y_t = S_t^T q_t
 
 `gla_reference` and `gdn_reference` are the plain loops, in any float type. `gla` and `gdn` take a chunk of tokens at
-once: within it everything is matrix products, between chunks the state goes on. Decays come as logarithms, at least
-LEAST for gla, whose scaled queries and keys would overflow below it. All return (y, S after the last token).
+once: within it everything is matrix products; from chunk to chunk `carry` hands the state on, on CUDA by
+linear_attention_triton.py. Decays come as logarithms, at least LEAST for gla, whose scaled queries and keys would
+overflow below it. All return (y, S after the last token).
 
 Sources: Yang et al. 2024, arXiv 2312.06635 (gla) and arXiv 2412.06464 (gdn).
 """
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 
 GLA_CHUNK = 16
@@ -45,6 +47,73 @@ def chunks(x, length):
     return x.unflatten(2, (-1, length))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# From chunk to chunk: written_n = U_n - W_n S_n, S_{n+1} = decay_n S_n + K_n^T written_n.
+# decay (B, nh, n, dk or 1, 1), K and W (B, nh, n, L, dk), U (B, nh, n, L, dv); W None is 0.
+
+
+def carry_reference(decay, K, W, U, S):
+    """(S before each chunk (B, nh, n, dk, dv), written (B, nh, n, L, dv), S at the end)."""
+    before, written = [], []
+    for n in range(U.size(2)):
+        before.append(S)
+        written.append(U[:, :, n] if W is None else U[:, :, n] - W[:, :, n] @ S)
+        S = decay[:, :, n] * S + K[:, :, n].mT @ written[-1]
+    return torch.stack(before, 2), torch.stack(written, 2), S
+
+
+def gpu():
+    from kernels import linear_attention_triton
+
+    return linear_attention_triton
+
+
+def takes_kernel(K):
+    """Whether the Triton kernels run: on CUDA, with heads whose S fits into a program's registers."""
+    return K.is_cuda and K.dtype == torch.float32 and K.size(-1) <= 64
+
+
+class Carry(torch.autograd.Function):
+    """The same with a backward by hand: one pass over the chunks in reverse, and the rest for all chunks at once."""
+
+    @staticmethod
+    def forward(ctx, decay, K, W, U, S):
+        before, written, end = (gpu().carry if takes_kernel(K) else carry_reference)(decay, K, W, U, S)
+        ctx.save_for_backward(decay, K, W, before, written)
+        return before, written, end
+
+    @staticmethod
+    def backward(ctx, g_before, g_written, g_end):
+        decay, K, W, before, written = ctx.saved_tensors
+        walk = gpu().carry_backward if takes_kernel(K) else carry_backward
+        after, g_written, g_S = walk(decay, K, W, g_before, g_written, g_end)
+        g_decay = (after * before).sum((-1,) if decay.size(-2) > 1 else (-2, -1), keepdim=True)
+        g_W = None if W is None else -g_written @ before.mT
+        return g_decay, written @ after.mT, g_W, g_written, g_S
+
+
+def carry_backward(decay, K, W, g_before, g_written, g):
+    """Gradients of the S after each chunk (B, nh, n, dk, dv), of all that was written, and of the first S."""
+    after, totals = [], []
+    for n in reversed(range(K.size(2))):
+        after.append(g)
+        totals.append(g_written[:, :, n] + K[:, :, n] @ g)
+        g = g_before[:, :, n] + decay[:, :, n] * g
+        if W is not None:
+            g = g - W[:, :, n].mT @ totals[-1]
+    return torch.stack(after[::-1], 2), torch.stack(totals[::-1], 2), g
+
+
+def carry(decay, K, W, U, S):
+    if torch.compiler.is_compiling() or any(unpack_dual(x).tangent is not None for x in (decay, K, U, S)):
+        return carry_reference(decay, K, W, U, S)
+    return Carry.apply(decay, K, W, U, S)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two rules.
+
+
 def gla(q, k, v, log_a, S):
     """(y (B, nh, T, dv), S (B, nh, dk, dv)) from q, k, log_a (B, nh, T, dk), v, and the S before; see above."""
     T = q.size(2)
@@ -52,14 +121,10 @@ def gla(q, k, v, log_a, S):
     q, k, v, log_a = (chunks(x, length) for x in (q, k, v, log_a))
     b = log_a.cumsum(3)  # (B, nh, n, length, dk): decay from the chunk's start on
     causal, end = torch.ones(length, length, dtype=torch.bool, device=q.device).tril(), b[..., -1:, :]
-    q, decay = q * b.exp(), end.exp().mT
+    q = q * b.exp()
     scores = (q @ (k * (-b).exp()).mT).masked_fill(~causal, 0.0)
-    within, added = scores @ v, (k * (end - b).exp()).mT @ v
-    out = []
-    for n in range(q.size(2)):
-        out.append(within[:, :, n] + q[:, :, n] @ S)
-        S = decay[:, :, n] * S + added[:, :, n]
-    return torch.cat(out, 2)[:, :, :T], S
+    before, _, S = carry(end.exp().mT, k * (end - b).exp(), None, v, S)
+    return (q @ before + scores @ v).flatten(2, 3)[:, :, :T], S
 
 
 def unit_lower_inverse(M):
@@ -71,9 +136,7 @@ def unit_lower_inverse(M):
     inverse = M.new_ones(*M.shape[:-1], 1, 1)  # (..., blocks, size, size)
     while size < n:
         A, B = inverse.unflatten(-3, (-1, 2)).unbind(-3)
-        pairs = M.unflatten(-2, (-1, 2 * size)).unflatten(
-            -1, (-1, 2 * size)
-        )  # (..., block row, 2 size, block column, 2 size)
+        pairs = M.unflatten(-2, (-1, 2 * size)).unflatten(-1, (-1, 2 * size))  # (..., blocks, 2 size, blocks, 2 size)
         C = pairs.diagonal(0, -4, -2).movedim(-1, -3)[..., size:, :size]
         below, above = torch.cat((-(B @ C @ A), B), -1), F.pad(A, (0, size))
         inverse, size = torch.cat((above, below), -2), 2 * size
@@ -94,11 +157,7 @@ def gdn(q, k, v, log_a, beta, S):
     decay = (g - g.mT).masked_fill(~causal, -torch.inf).exp()
     inverse = unit_lower_inverse((share * (k @ k.mT) * decay).tril(-1))
     u, w = inverse @ (share * v), inverse @ (share * g.exp() * k)
-    scores, end = (q @ k.mT) * decay, g[..., -1:, :]
-    q, k_end, end = q * g.exp(), (k * (end - g).exp()).mT, end.exp()
-    out = []
-    for n in range(q.size(2)):
-        written = u[:, :, n] - w[:, :, n] @ S
-        out.append(q[:, :, n] @ S + scores[:, :, n] @ written)
-        S = end[:, :, n] * S + k_end[:, :, n] @ written
-    return torch.cat(out, 2)[:, :, :T], S
+    end = g[..., -1:, :]
+    before, written, S = carry(end.exp(), k * (end - g).exp(), w, u, S)
+    y = (q * g.exp()) @ before + ((q @ k.mT) * decay) @ written
+    return y.flatten(2, 3)[:, :, :T], S

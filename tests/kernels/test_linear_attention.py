@@ -1,10 +1,24 @@
 """Gated linear attention and the gated delta rule in chunks, against their loops in float64."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels.linear_attention import LEAST, gdn, gdn_reference, gla, gla_reference
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from kernels.linear_attention import (
+    LEAST,
+    carry,
+    carry_backward,
+    carry_reference,
+    gdn,
+    gdn_reference,
+    gla,
+    gla_reference,
+)
 
 LENGTHS = [1, 2, 15, 16, 17, 32, 33, 100]
 
@@ -76,3 +90,75 @@ def test_without_gates_gla_is_linear_attention():
     y, _ = gla(q, k, v, 0 * decay, 0 * S)
     wanted = (q @ k.mT).tril() @ v
     assert torch.allclose(y, wanted, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton, without a GPU: under its interpreter, in a process of its own (`python tests/kernels/test_linear_attention.py
+# cpu`), and compiled. tests/test_cuda.py runs the same check on a GPU.
+
+
+def carried(kind, length, dk, dv, N, device="cpu"):
+    """Inputs of `carry` and gradients of its results, float32."""
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(2, 3, *shape, generator=draw).to(device)
+
+    decay = torch.rand(2, 3, N, *((dk, 1) if kind == "gla" else (1, 1)), generator=draw).to(device)
+    W = None if kind == "gla" else 0.2 * random(N, length, dk)
+    inputs = decay, random(N, length, dk), W, random(N, length, dv), random(dk, dv)
+    return inputs, (random(N, dk, dv), random(N, length, dv), random(dk, dv))
+
+
+def check_triton(device):
+    """Both kernels against the loops, for sizes that fill their tiles and for others."""
+    from kernels import linear_attention_triton as ours
+
+    for kind in PAIRS:
+        for length, dk, dv, N in ((16, 16, 32, 3), (5, 7, 9, 2), (32, 33, 17, 1)):
+            (decay, K, W, U, S), grads = carried(kind, length, dk, dv, N, device)
+            double = [None if x is None else x.double() for x in (decay, K, W, U, S, *grads)]
+            results = ours.carry(decay, K, W, U, S), ours.carry_backward(decay, K, W, *grads)
+            wanted = carry_reference(*double[:5]), carry_backward(*double[:3], *double[5:])
+            for ours_, theirs in zip(sum(results, ()), sum(wanted, ())):
+                error = (ours_.double() - theirs).abs().max() / theirs.abs().max()
+                assert error < 1e-5, (kind, length, dk, dv, N, error)
+    print("ok")
+
+
+@pytest.mark.slow
+def test_interpreted(cli):
+    pytest.importorskip("triton")
+    done = cli("tests/kernels/test_linear_attention.py", "cpu", env={"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_compiles_without_spills():
+    pytest.importorskip("triton")
+    import triton
+
+    from kernels import aot, linear_attention_triton
+
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True
+        for name, *how in linear_attention_triton.aot_rows():
+            found = aot.measure(*how, 90)
+            assert found["spill"] == 0 and found["shared"] <= aot.SHARED_LIMIT[90], (name, found)
+
+
+@both
+@pytest.mark.parametrize("N", [1, 3])
+def test_carry_backward_by_hand(kind, N):
+    (decay, K, W, U, S), _ = carried(kind, 4, 3, 5, N)
+    inputs = [x.double().requires_grad_() for x in (decay, K, W, U, S) if x is not None]
+
+    def call(*args):
+        return carry(*args) if W is not None else carry(*args[:2], None, *args[2:])
+
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+if __name__ == "__main__":
+    check_triton(sys.argv[1])
