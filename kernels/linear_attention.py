@@ -14,8 +14,9 @@ Sources: Yang et al. 2024, arXiv 2312.06635 (gla) and arXiv 2412.06464 (gdn).
 """
 
 import torch
-from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
+
+from kernels.autograd import is_plain
 
 GLA_CHUNK = 16
 GDN_CHUNK = 32
@@ -105,9 +106,7 @@ def carry_backward(decay, K, W, g_before, g_written, g):
 
 
 def carry(decay, K, W, U, S):
-    if torch.compiler.is_compiling() or any(unpack_dual(x).tangent is not None for x in (decay, K, U, S)):
-        return carry_reference(decay, K, W, U, S)
-    return Carry.apply(decay, K, W, U, S)
+    return (Carry.apply if is_plain(decay, K, U, S) else carry_reference)(decay, K, W, U, S)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -153,8 +153,12 @@ def test_gradients_reach_every_parameter(flags):
 
 
 def test_order_matters(case):
-    """Some shuffling of the past shows in the last logits (codes on the stream may round one of them away)."""
+    """Some shuffling of the past shows in the last logits. Codes on the stream round small outputs of blocks away."""
     model, idx = case
+    with torch.no_grad():
+        for name, p in model.transformer.h.named_parameters() if model.config.vq_codes else ():
+            if name.endswith(("c_proj.weight", "o_proj.weight")):
+                p *= 100
     generator, T = torch.Generator().manual_seed(0), idx.size(1) - 1
     orders = [torch.arange(T).flip(0), *(torch.randperm(T, generator=generator) for _ in range(4))]
     logits = model(idx)[0]
