@@ -47,6 +47,9 @@ report: $(VENV)/.dev  ## comparisons in docs/results.md, plots and pages docs/*.
 	$(REPORT) --out_dir=out-local
 	$(REPORT) --out_dir=out-ablation-512 --learning_rates=3e-3
 	$(REPORT) --out_dir=out-char
+	$(REPORT) --out_dir=out-modern
+	$(REPORT) --out_dir=out-modern-muon
+	$(BIN)/python -m lab.rungs
 
 tables: $(VENV)/.dev  ## after a new variant: the record of all rows and the covering array in tests/contracts
 	PYTHONPATH=.:tests $(BIN)/python tests/contracts/test_record.py

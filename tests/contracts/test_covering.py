@@ -36,3 +36,8 @@ def test_every_pair_occurs():
         at = covering.levels_of(row)
         missing[at[:, None], at] = False
     assert not missing.any(), "a new flag or value: python tests/contracts/covering.py makes the table again"
+
+
+def test_every_flag_is_in_the_array():
+    """By a value of its own here, or by a row of the smoke test."""
+    assert covering.DEFAULTS.keys() - covering.SIZE.keys() - set(covering.CELL_SIZES) == covering.VALUES.keys()
