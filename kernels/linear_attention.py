@@ -18,9 +18,8 @@ from torch.nn import functional as F
 
 from kernels.autograd import is_plain
 
-GLA_CHUNK = 16
-GDN_CHUNK = 32
-LEAST = -5.0  # the least log a of gla: exp(LEAST GLA_CHUNK) is a normal float32
+CHUNK = 16
+LEAST = -5.0  # the least log a of gla: exp(LEAST CHUNK) is a normal float32
 
 
 def gla_reference(q, k, v, log_a, S):
@@ -116,7 +115,7 @@ def carry(decay, K, W, U, S):
 def gla(q, k, v, log_a, S):
     """(y (B, nh, T, dv), S (B, nh, dk, dv)) from q, k, log_a (B, nh, T, dk), v, and the S before; see above."""
     T = q.size(2)
-    length = min(GLA_CHUNK, T)
+    length = min(CHUNK, T)
     q, k, v, log_a = (chunks(x, length) for x in (q, k, v, log_a))
     b = log_a.cumsum(3)  # (B, nh, n, length, dk): decay from the chunk's start on
     causal, end = torch.ones(length, length, dtype=torch.bool, device=q.device).tril(), b[..., -1:, :]
@@ -127,19 +126,28 @@ def gla(q, k, v, log_a, S):
 
 
 def unit_lower_inverse(M):
-    """(I + M)^-1 of strictly lower triangular M (..., n, n), n a power of 2: by halves, as stable as substitution.
+    """(I + M)^-1 of strictly lower triangular M (..., n, n)."""
+    return (UnitLowerInverse.apply if is_plain(M) else invert)(M)
 
-    [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]], for all pairs of blocks of 1, 2, 4, ... at once.
-    """
-    n, size = M.size(-1), 1
-    inverse = M.new_ones(*M.shape[:-1], 1, 1)  # (..., blocks, size, size)
-    while size < n:
-        A, B = inverse.unflatten(-3, (-1, 2)).unbind(-3)
-        pairs = M.unflatten(-2, (-1, 2 * size)).unflatten(-1, (-1, 2 * size))  # (..., blocks, 2 size, blocks, 2 size)
-        C = pairs.diagonal(0, -4, -2).movedim(-1, -3)[..., size:, :size]
-        below, above = torch.cat((-(B @ C @ A), B), -1), F.pad(A, (0, size))
-        inverse, size = torch.cat((above, below), -2), 2 * size
-    return inverse[..., 0, :, :]
+
+def invert(M):
+    one = torch.eye(M.size(-1), dtype=M.dtype, device=M.device).expand_as(M)
+    return torch.linalg.solve_triangular(M, one, upper=False, unitriangular=True)
+
+
+class UnitLowerInverse(torch.autograd.Function):
+    """With a backward of two products in place of two more systems."""
+
+    @staticmethod
+    def forward(ctx, M):
+        X = invert(M)
+        ctx.save_for_backward(X)
+        return X
+
+    @staticmethod
+    def backward(ctx, g):
+        (X,) = ctx.saved_tensors
+        return -(X.mT @ g @ X.mT).tril(-1)
 
 
 def gdn(q, k, v, log_a, beta, S):
@@ -149,7 +157,7 @@ def gdn(q, k, v, log_a, beta, S):
     system: (I + M) u = beta v - beta e^g k S, M_ij = beta_i e^(g_i - g_j) k_i k_j for j < i.
     """
     T = q.size(2)
-    length = min(GDN_CHUNK, 1 << (T - 1).bit_length())
+    length = min(CHUNK, T)
     q, k, v, log_a, beta = (chunks(x, length) for x in (q, k, v, log_a, beta))
     g, share = log_a.cumsum(3)[..., None], beta[..., None]  # (B, nh, n, length, 1)
     causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.linear_attention import CHUNK
+
 
 @triton.jit
 def tile(x, first, rows, columns, i, j, WIDTH):
@@ -117,10 +119,10 @@ def carry_backward(decay, K, W, g_before, g_written, g_end):
 def aot_rows(full=False):
     """(name, kernel, signature, constexprs, num_warps, num_stages) of what can be launched; see kernels/aot.py."""
     for dk in (16, 32, 64) if full else (32, 64):
-        for name, length, flags in (
-            ("gla", 16, {"HAS_W": False, "PER_CHANNEL": True}), ("gdn", 32, {"HAS_W": True, "PER_CHANNEL": False})
+        for name, flags in (
+            ("gla", {"HAS_W": False, "PER_CHANNEL": True}), ("gdn", {"HAS_W": True, "PER_CHANNEL": False})
         ):  # fmt: skip
-            constexprs = flags | sizes(length, dk)
+            constexprs = flags | sizes(CHUNK, dk)
             for word, kernel in (("forward", carry_kernel), ("backward", backward_kernel)):
                 types = dict.fromkeys(("N", "length", "dk", "dv"), "i32") | dict.fromkeys(constexprs, "constexpr")
                 signature = {x: types.get(x, "*fp32") for x in kernel.arg_names}
