@@ -415,22 +415,31 @@ def tuned(runs, rows):
 
 
 def best_rates(runs):
-    """{row: {"lr", "losses"}}: the learning rate with the lowest mean loss, of those with the row's most seeds.
+    """{row: {"lr", "losses", "is_bracketed"}}: the learning rate with the lowest mean loss, of those with most seeds.
 
-    Empty where no row was trained at more than one.
+    "losses" are the means at every rate that was tried; bracketed is the best one if a lower and a higher one are worse
+    on the seeds that they share with it. Empty where no row was trained at more than one rate.
     """
     tried = {}
     for run in runs:
         if run.is_done:
-            tried.setdefault(run.row, {}).setdefault(run.lr, []).append(run.loss)
+            tried.setdefault(run.row, {}).setdefault(run.lr, {})[run.seed] = run.loss
     if all(len(rates) == 1 for rates in tried.values()):
         return {}
     found = {}
     for row, rates in tried.items():
         most = max(map(len, rates.values()))
-        losses = {lr: statistics.fmean(each) for lr, each in rates.items() if len(each) == most}
-        found[row] = {"lr": min(losses, key=losses.get), "losses": losses}
+        losses = {lr: statistics.fmean(each.values()) for lr, each in rates.items()}
+        best = min((lr for lr in rates if len(rates[lr]) == most), key=losses.get)
+        sides = {lr < best for lr in rates if is_worse(rates[lr], rates[best])}
+        found[row] = {"lr": best, "losses": losses, "is_bracketed": sides == {True, False}}
     return found
+
+
+def is_worse(losses, best):
+    """Whether {seed: loss} is worse than another on the seeds that both have."""
+    common = losses.keys() & best.keys()
+    return bool(common) and sum(losses[seed] for seed in common) > sum(best[seed] for seed in common)
 
 
 def train_rows(cfg, rows):
@@ -549,8 +558,8 @@ def quality(rows, found=None):
 
 
 def edge_mark(found):
-    """* where the best learning rate is the first or last of those compared: a better one may lie outside."""
-    return "*" if found["lr"] in (min(found["losses"]), max(found["losses"])) else ""
+    """* where no lower or no higher learning rate was found worse: a better one may lie outside."""
+    return "" if found["is_bracketed"] else "*"
 
 
 def costs(rows, timings):
@@ -665,9 +674,9 @@ def sections(cfg, runs):
         if name == "tuned":
             searched = {row: sorted(found[row]["losses"]) for row in sorted(rows) if len(found[row]["losses"]) > 1}
             remark = (
-                "Each row at its best learning rate by mean loss, of those with the row's most seeds. More than one: "
+                "Each row at its best learning rate by mean loss, of those with the row's most seeds. Tried: "
                 + "; ".join(f"{row} {', '.join(f'{lr:g}' for lr in rates)}" for row, rates in searched.items())
-                + ". *: the edge of what was compared."
+                + ". *: not bracketed, that is no lower or no higher rate was found worse."
             )
         parts.append((f"Loss, {name}", remark, quality(rows, found if name == "tuned" else None)))
     name, rows = list(columns.items())[-1]

@@ -56,11 +56,12 @@ def survival(each):
     return f"{now.mean / was.mean:.0%}"
 
 
-def verdict(each):
-    """What M2 says, the last rung."""
-    last = each.get("M2")
-    if last is None or last.half is None:
+def verdict(rows, row):
+    """What the last rung's runs {row: runs} say, of three seeds or more."""
+    ours, base = losses(rows.get(row, [])), losses(rows[BASELINE])
+    if len(ours.keys() & base.keys()) < 3:
         return "undecided"
+    last = difference(ours, base)
     if abs(last.mean) <= last.half:
         return "no difference"
     return "better" if last.mean < 0 else "worse"
@@ -78,7 +79,7 @@ def table(rungs):
         base = (rungs["M2"] if row in rungs["M2"] else rungs["M1"])[BASELINE]
         cells = {"idea": row + " (control)" * (row in CONTROLS)}
         cells |= {f"on {rung}": str(each.get(rung, "")) for rung in rungs}
-        cells |= {"survives": survival(each), "on M2 it is": verdict(each)}
+        cells |= {"survives": survival(each), "on M2 it is": verdict(rungs["M2"], row)}
         cells["parameters"] = f"{sizes[0].facts['parameters'] / base[0].facts['parameters']:.2f}x"
         lines.append({name: (text, None) for name, text in cells.items()})
     return lines
@@ -95,7 +96,8 @@ def describe(rungs):
         "Loss of the rungs without any idea, in nats: "
         + "; ".join(parts)
         + ". Cells: loss minus the rung's, paired by "
-        "seed, ± a 95 % t interval. *survives*: the share of the gain on M0 that is left on M2."
+        "seed, ± a 95 % t interval. *survives*: the share of the gain on M0 that is left on M2. A verdict "
+        "needs three seeds. Ideas on M1 and M2 ran at their rung's learning rate, with no bracket of their own."
     )
 
 

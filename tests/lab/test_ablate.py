@@ -219,17 +219,27 @@ class Done:
 
     is_done = True
 
-    def __init__(self, row, lr, loss):
-        self.row, self.lr, self.loss = row, lr, loss
+    def __init__(self, row, lr, loss, seed=0):
+        self.row, self.lr, self.loss, self.seed = row, lr, loss, seed
 
 
 def test_best_rates_weigh_means_of_equally_many_seeds():
-    runs = [Done("a", 1e-3, 2.0), Done("a", 1e-3, 2.2), Done("a", 3e-3, 1.9), Done("a", 3e-3, 2.1)]
+    runs = [Done("a", 1e-3, 2.0), Done("a", 1e-3, 2.2, 1), Done("a", 3e-3, 1.9), Done("a", 3e-3, 2.1, 1)]
     runs += [Done("a", 5e-3, 1.5), Done("b", 3e-3, 3.0)]  # one lucky seed at 5e-3 does not count
     found = ablate.best_rates(runs)
     assert (found["a"]["lr"], found["b"]["lr"]) == (3e-3, 3e-3)
-    assert found["a"]["losses"] == pytest.approx({1e-3: 2.1, 3e-3: 2.0})
+    assert found["a"]["losses"] == pytest.approx({1e-3: 2.1, 3e-3: 2.0, 5e-3: 1.5})
     assert ablate.best_rates(runs[:2]) == {}
+
+
+def test_a_rate_is_bracketed_by_worse_ones_on_the_same_seeds():
+    """Seed 1 is a bad draw: the best rate's mean of two seeds must not be held against one lucky seed of another."""
+    runs = [Done("a", 2e-3, 1.9), Done("a", 2e-3, 2.5, 1), Done("a", 1e-3, 2.0), Done("a", 3e-3, 1.95)]
+    found = ablate.best_rates(runs)["a"]
+    assert found["lr"] == 2e-3 and found["is_bracketed"] and ablate.edge_mark(found) == ""
+    for lower_or_higher in (runs[:3], [*runs[:2], runs[3]], [*runs[:3], Done("a", 3e-3, 1.8)]):
+        found = ablate.best_rates(lower_or_higher)["a"]
+        assert found["lr"] == 2e-3 and ablate.edge_mark(found) == "*"
 
 
 def test_speeds_are_measured_or_all_are_logged():

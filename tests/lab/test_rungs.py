@@ -18,8 +18,9 @@ def record(row, seed, loss, lr=1e-3, parameters=100, recipe="cpu.py"):
 
 
 @pytest.fixture
-def docs(tmp_path):
+def docs(tmp_path, monkeypatch):
     """M0: an idea that gains 0.1. M1: 0.04. M2: 0.02. And one that only M2 knows."""
+    monkeypatch.chdir(tmp_path)  # where no runs lie
     folder = tmp_path / "docs" / "results"
     folder.mkdir(parents=True)
     gains = {"ablation": 0.1, "modern": 0.04, "modern-muon": 0.02}
