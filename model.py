@@ -1086,9 +1086,8 @@ def ferope_ar_rotate(q, k, theta):
     Dimensions from 2m on pass through. Computed in float32 or better, returned in the types of q and k.
     """
     cos, sin = theta.cos(), theta.sin()
-    as_complex = (
-        q.device.type == "cpu" and not torch.compiler.is_compiling()
-    )  # one product in place of four, and fewer copies
+    # as complex numbers: one product in place of four, and fewer copies
+    as_complex = q.device.type == "cpu" and not torch.compiler.is_compiling()
     turn = torch.complex(cos, sin) if as_complex else None
 
     def rotate(x):
@@ -1422,7 +1421,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer=0):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
-        self.widths = (config.n_embd, *[config.n_embd // config.n_head * self.n_kv_head] * 2)  # of q, k and v
+        self.widths = (config.n_embd, *[config.n_embd // config.n_head * self.n_kv_head] * 2)  # q, k, v
         self.parts = {"c_attn": self.widths}
         self.dropout = config.dropout
         self.is_sparse = config.use_block_sparse or config.has_knots(layer)
@@ -1764,7 +1763,7 @@ class GatedLinearAttention(nn.Module):
         super().__init__()
         C, self.n_head = config.n_embd, config.n_head
         self.hs, self.half = C // config.n_head, max(1, C // config.n_head // 2)
-        self.widths = (self.half * config.n_head, self.half * config.n_head, C, C)  # of q, k, v and the output's gate
+        self.widths = (self.half * config.n_head, self.half * config.n_head, C, C)  # q, k, v, output gate
         self.parts = {"c_attn": self.widths}
         self.c_attn = nn.Linear(C, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
@@ -1825,7 +1824,7 @@ class GatedDeltaRule(GatedLinearAttention):
 
     def gates(self, x):
         """log a and b, (B, nh, T) each."""
-        log_a = self.log_A.exp() * F.logsigmoid(-self.decay(x) - self.dt_bias)  # -softplus, whose backward compiles
+        log_a = self.log_A.exp() * F.logsigmoid(-self.decay(x) - self.dt_bias)  # = -A softplus(...)
         return log_a.mT, torch.sigmoid(self.write(x)).mT
 
     def remember(self, q, k, v, log_a, b, S):

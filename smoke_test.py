@@ -24,6 +24,17 @@ CELLS = {"anchor_min_gap": 5, "anchor_jitter": 3}  # cells that suit a block of 
 SDR = {"sdr_size": 256, "sdr_active": 8}  # bits that suit a vocabulary of 61
 LOCAL = {"tie_weights": False}  # other rules than backpropagation need it
 KNOTS = {"knot_block": 6, "knot_vertices": 6, "knot_threshold": 1.0, "knot_k": 2}  # and knots that suit such cells
+MODERN = {  # a plain block of today
+    "norm": "rms",
+    "qk_norm": True,
+    "pos_embedding": "rope",
+    "mlp_act": "relu2",
+    "emb_norm": True,
+    "zero_init_proj": True,
+    "logit_softcap": 15.0,
+    "tie_weights": False,
+    "bias": False,
+}
 
 # Every variant, by the flags that switch it on. tests/contracts/test_contracts.py runs all contracts over this table:
 # a new flag is a new row here.
@@ -40,38 +51,14 @@ VARIANTS = {
     "zero_init": {"zero_init_proj": True},
     "init_gain": {"init_gain": 0.6},
     "softcap": {"logit_softcap": 15.0},
-    "modern": {
-        "norm": "rms",
-        "qk_norm": True,
-        "pos_embedding": "rope",
-        "mlp_act": "relu2",
-        "emb_norm": True,
-        "zero_init_proj": True,
-        "logit_softcap": 15.0,
-        "tie_weights": False,
-        "bias": False,
-    },
+    "modern": MODERN,
     "short_conv": {"short_conv": 3, "short_conv_at": "abcd"},
     "short_conv_waves": {"attn_mode": "fhn", "use_swiglu": True, "short_conv": 4, "short_conv_at": "bd"},
     "token_shift": {"token_shift": True},
     "n_kv_head": {"n_kv_head": 1},
     "value_embeds": {"value_embeds": True},
     "x0_skip": {"x0_skip": True},
-    "modern_full": {
-        "norm": "rms",
-        "qk_norm": True,
-        "pos_embedding": "rope",
-        "mlp_act": "relu2",
-        "emb_norm": True,
-        "zero_init_proj": True,
-        "logit_softcap": 15.0,
-        "tie_weights": False,
-        "bias": False,
-        "short_conv": 4,
-        "token_shift": True,
-        "value_embeds": True,
-        "x0_skip": True,
-    },
+    "modern_full": {**MODERN, "short_conv": 4, "token_shift": True, "value_embeds": True, "x0_skip": True},
     "ferope": {"use_ferope": True, "pos_embedding": "none"},
     "ferope_partial": {"use_ferope": True, "ferope_m": 3, "ferope_freqs": "gaussian", "anchor_min_gap": 8},
     "ferope_anchored": {"use_ferope": True, "ferope_anchor_relative": True, "ferope_learnable": True, **CELLS},

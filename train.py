@@ -108,7 +108,7 @@ class TrainConfig:
     wandb_mode: Literal["online", "offline"] = "online"  # offline: kept in out_dir/wandb, for `wandb sync`
     # -- system -------------------------------------------------------------------------------------------------------
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: a CPU measures
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format; auto: measured on a CPU
     compile: bool | None = None  # torch.compile: minutes at the start, faster steps; None = on CUDA only
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # for torch.distributed; auto: nccl on CUDA, else gloo
 

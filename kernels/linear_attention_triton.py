@@ -77,7 +77,7 @@ def backward_kernel(decay, K, W, g_before, g_written, g_end, after, totals, g_S,
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching.
 
-COLUMNS = 16  # of S per program
+COLUMNS = 16  # how many columns of S one program holds
 
 
 def warps(dk):

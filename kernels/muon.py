@@ -85,7 +85,10 @@ class Muon(torch.optim.Optimizer):
             return
         params = [p for p, _ in rows]
         grads = [p.grad for p in params]
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
         updates = torch._foreach_lerp(grads, buffers, self.momentum)
         orthogonalize_parts([part for u, (_, split) in zip(updates, rows) for part in u.split(split)], self.dtype)

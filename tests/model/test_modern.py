@@ -31,6 +31,16 @@ def test_rms_norm():
     assert torch.allclose(rms_norm(x), wanted, rtol=1e-12, atol=0)
 
 
+def test_rms_norm_gradient_by_hand():
+    """By finite differences, and in each type as PyTorch's own."""
+    torch.manual_seed(0)
+    assert torch.autograd.gradcheck(rms_norm, torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True))
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        x, grad = torch.randn(2, 5, 16).to(dtype).requires_grad_(), torch.randn(2, 5, 16).to(dtype)
+        ours, theirs = (torch.autograd.grad(f(x), x, grad)[0] for f in (rms_norm, lambda x: F.rms_norm(x, (16,))))
+        assert ours.dtype == dtype and (ours - theirs).abs().max() < error * theirs.abs().max()
+
+
 def test_rope_is_ferope_in_its_plain_form():
     rope, idx = build(pos_embedding="rope", rope_base=500.0)
     ferope, _ = build(pos_embedding="none", use_ferope=True, rope_base=500.0)

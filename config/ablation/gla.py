@@ -1,0 +1,3 @@
+# Gated linear attention in every layer.
+out_dir = "out-ablation/gla"
+attn_mode = "gla"
