@@ -21,8 +21,6 @@ References: nanoGPT (github.com/karpathy/nanoGPT); GPT-2 (Radford et al. 2019).
 """
 
 import math
-import os
-import pickle
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable
@@ -39,6 +37,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import check_values
+from data.checkpoint import CheckpointError, load_checkpoint as load_checkpoint, save_checkpoint as save_checkpoint
 from kernels import e7, knots, ramanujan
 from kernels.block_sparse import Route, block_sparse_attention, reference
 from kernels.e7 import SETS as E7_SETS, e7_apply, e7_cartan, e7_hops, e7_lattice_round
@@ -877,7 +876,7 @@ class GPT(nn.Module):
         if unknown := sorted(args.keys() - {f.name for f in fields(GPTConfig)}):
             raise CheckpointError(f"the checkpoint has flags this version does not know: {', '.join(unknown)}")
         try:
-            model = cls(GPTConfig(**args))
+            model = cls(check_sizes(GPTConfig(**args), checkpoint["model"]))
             model.load_state_dict(own_projections(checkpoint["model"], model))
         except (ValueError, TypeError, RuntimeError) as e:
             raise CheckpointError(f"the checkpoint does not fit its own flags: {e}") from e
@@ -3217,6 +3216,17 @@ def replace_linears(module, config, depth=""):
         setattr(module, name, linear)
 
 
+def check_sizes(config, weights):
+    """`config`; ValueError if the weights are of another depth or width, before a model of any size is built."""
+    depth = len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")})
+    sizes = {"wte": (config.vocab_size, config.n_embd), "wpe": (config.block_size, config.n_embd)}
+    tables = {name: weights[f"transformer.{name}.weight"] for name in sizes if f"transformer.{name}.weight" in weights}
+    if depth != config.n_layer or any(tuple(table.shape) != sizes[name] for name, table in tables.items()):
+        shown = ", ".join(f"{name} {tuple(table.shape)}" for name, table in tables.items())
+        raise ValueError(f"n_layer={config.n_layer} and {sizes}, but its weights have {depth} layers, {shown}")
+    return config
+
+
 def own_projections(weights, model):
     """A state dict as `model` has it: c_attn in parts and c_proj as o_proj where it has those, and its own feedback.
 
@@ -3919,87 +3929,6 @@ def write_gpt2(model, directory):
     zeros = {k: torch.zeros_like(v) for k, v in hf.state_dict().items() if k.endswith(".bias")}
     hf.load_state_dict(zeros | transpose_conv1d(model.state_dict()))
     hf.save_pretrained(directory)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoint files: written whole or not at all, read without running what they hold.
-
-CHECKPOINT_FORMAT = 1
-
-
-# what unpickling bytes that were flipped or cut off can raise
-DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, unsafe or of another version; the message says what to do."""
-
-
-def save_checkpoint(path, checkpoint):
-    """torch.save to `path` so that a kill at any instant leaves the old file or the new one, never half of one.
-
-    CheckpointError if it cannot be written (a full disk, say); the old file is then still there.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(checkpoint | {"format": CHECKPOINT_FORMAT}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # the rename itself reaches the disk only with its directory
-            directory = os.open(path.parent, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
-    except (OSError, RuntimeError) as e:
-        cause = e if isinstance(e, OSError) else e.__context__  # torch's zip writer raises its own error on top
-        if not isinstance(cause, OSError):
-            raise
-        raise CheckpointError(f"{path}: cannot be written ({cause.strerror}); an older one is untouched") from e
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def looks_like_pickle(path):
-    """Whether a file starts as pickles do: protocol 2 and later, torch's zip files, or protocol 0's first words."""
-    with open(path, "rb") as f:
-        start = f.read(2)
-    return start == b"PK" or start[:1] in (b"\x80", b"c", b"(")
-
-
-def named(parts, kind):
-    """Whether `parts` is a dict from names to instances of `kind`."""
-    return isinstance(parts, dict) and all(isinstance(k, str) and isinstance(v, kind) for k, v in parts.items())
-
-
-def load_checkpoint(path, map_location="cpu"):
-    """The dict in a checkpoint file of nanoChimera or nanoGPT, with `model` as a clean state dict.
-
-    Read with weights_only=True: tensors and plain values, never code. CheckpointError, one line, for anything else.
-    """
-    path = Path(path)
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint; train one first, or set --out_dir") from None
-    except pickle.UnpicklingError as e:
-        text = str(e)
-        if "Unsupported global" in text or "GLOBAL" in text or (looks_like_pickle(path) and "Unsupported" in text):
-            raise CheckpointError(f"{path}: holds code, not only tensors; refused, nothing in it was run") from e
-        raise CheckpointError(f"{path}: damaged or not a checkpoint; restore a copy or train again") from e
-    except DAMAGE as e:
-        raise CheckpointError(f"{path}: truncated or damaged; restore a copy or train again") from e
-    parts = checkpoint if isinstance(checkpoint, dict) else {}
-    if not (named(parts.get("model"), torch.Tensor) and named(parts.get("model_args"), object)):
-        raise CheckpointError(f"{path}: a PyTorch file, but no checkpoint of nanoChimera or nanoGPT")
-    version = checkpoint.get("format", 0)  # nanoGPT's own has none
-    if version not in range(CHECKPOINT_FORMAT + 1):
-        raise CheckpointError(f"{path}: format {version}, but this version reads up to {CHECKPOINT_FORMAT}; update")
-    # nanoGPT: torch.compile's prefix, and the causal mask that it keeps as a buffer without flash attention
-    weights = {k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
-    checkpoint["model"] = {k: v for k, v in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-    return checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import configurator
+from data.files import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 1  # version of meta.json
@@ -269,16 +270,6 @@ def _char_field(meta, folder):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The files of a data set.
-
-
-def replace_file(path, data):
-    """Write bytes under a temporary name, flush to the disk, rename: a reader sees the old file or the new one."""
-    tmp = Path(f"{path}.tmp")
-    with open(tmp, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
 
 
 def dtype_for(vocab_size):

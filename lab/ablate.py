@@ -39,7 +39,7 @@ import numpy as np
 
 import configurator
 from configurator import ROOT, ConfigError, check_values
-from data.corpus import replace_file
+from data.files import replace_file
 from lab import bench, measure, pictures
 from lab.pictures import TIGHT, png, pyplot
 from model import GPT, GPTConfig

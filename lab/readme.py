@@ -12,7 +12,7 @@ import sys
 
 import configurator
 from configurator import ROOT, ConfigError
-from data.corpus import replace_file
+from data.files import replace_file
 
 EXCERPT = re.compile(r"(`python (\w+\.py) --help`:\n\n```\n)(.*?)(```)", re.DOTALL)
 
