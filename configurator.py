@@ -21,7 +21,11 @@ import inspect
 import math
 import os
 import re
+import signal
 import sys
+import threading
+import time
+import traceback
 import types
 import typing
 from contextlib import contextmanager
@@ -33,9 +37,6 @@ ROOT = Path(__file__).resolve().parent
 BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 FIELD = re.compile(r"^    (\w+): .*?  # (.+)$")
 GROUP = re.compile(r"^    # -- (.+?) -*$")
-# what the code in a config file may raise: the user's mistake to mend, not ours
-MISTAKES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError)
-MISTAKES += (RuntimeError, SyntaxError, TypeError, ValueError)
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 SCOPES += (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -242,6 +243,13 @@ def assigned(node):
             yield from assigned(child)
 
 
+def line_of(error, file):
+    """ ", line N" of the line in `file` where an error arose; "" where none is known."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
+    return f", line {line}" if line else ""
+
+
 def run_file(path, keys, values):
     """Run a config file. What it assigns at module level becomes `values`, except names that start with `_`.
 
@@ -253,10 +261,10 @@ def run_file(path, keys, values):
         raise ConfigError(f"{path}: no such config file")
     scope = {k: key.default for k, key in keys.items()} | values
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+        tree = ast.parse(file.read_text(encoding="utf-8-sig"), str(file))
         exec(compile(tree, str(file), "exec"), scope)
-    except MISTAKES as e:
-        raise ConfigError(f"{path}: {type(e).__name__}: {e}") from e
+    except (Exception, SystemExit) as e:  # the file is a user's program: it may raise anything
+        raise ConfigError(f"{path}{line_of(e, file)}: {type(e).__name__}: {e}") from e
     for name in dict.fromkeys(assigned(tree)):
         if name in scope and not name.startswith("_"):
             values[name] = find_key(keys, name, path).check(scope[name], f"{path}: ")
@@ -386,11 +394,27 @@ def print_config(settings):
         print(f"{'' if key.name in settings.given else '# '}{key.name} = {text}")
 
 
+RANKS_WAIT = 2.0  # seconds
+
+
 @contextmanager
-def one_line_errors(prog, *kinds):
-    """Turn ConfigError and the exceptions in `kinds` into one line on stderr and exit status 2."""
+def one_line_errors(prog, *kinds, interrupted="interrupted"):
+    """Turn ConfigError and the exceptions in `kinds` into one line on stderr and exit status 2; Ctrl-C into 130.
+
+    What stdout cannot encode is replaced. torchrun's other processes let the main one speak first: an error that all
+    have is printed once, since torchrun ends them when the first one has ended.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's first lines set it aside for the imports
     try:
         yield
     except (ConfigError, *kinds) as e:
+        if os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ:
+            time.sleep(RANKS_WAIT)
         print(f"{prog}: error: {' '.join(str(e).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"\n{prog}: {interrupted}", file=sys.stderr)
+        raise SystemExit(130) from None

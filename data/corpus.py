@@ -6,11 +6,13 @@ A data set is a folder with `train.bin`, `val.bin` (token ids, uint16 or uint32)
 Every mistake of a user raises a `DataError`, whose text is one line with the remedy.
 """
 
+import codecs
 import hashlib
 import http.client
 import importlib.util
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -23,10 +25,10 @@ from pathlib import Path
 import numpy as np
 
 import configurator
-from data.files import replace_file
+from data.files import expand, is_file, locked, replace_file, stage
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMAT = 1  # version of meta.json
+FORMAT = 2  # version of meta.json; 1 has neither data_id nor checksum
 REPLACEMENT = "\ufffd"  # stands for what cannot be decoded
 TOKENIZERS = ("char", "gpt2", "byte", "sentencepiece")
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
@@ -234,13 +236,10 @@ def build_tokenizer(name, train_text="", val_text="", vocab_size=2048):
 def load_tokenizer(meta, folder):
     """The tokenizer of a data set, from its `meta` (see load_meta; a checkpoint's copy will do) and its folder.
 
-    Without meta (nanoGPT's own bins) it is gpt2, unless there is a meta.pkl. That is never unpickled,
-    since it could run any code, and is a DataError. So are damaged fields and a missing tokenizer.model.
+    Without meta (nanoGPT's own bins) it is gpt2. Damaged fields and a missing tokenizer.model are a DataError.
     """
     folder = Path(folder)
     if not meta:
-        if (folder / "meta.pkl").exists():
-            raise DataError(f"{folder}: meta.pkl is nanoGPT's and is not read; make meta.json: {how_to_make(folder)}")
         return GPT2()
     name = meta.get("tokenizer")
     if name == "char":
@@ -295,32 +294,89 @@ def make_meta(name, tokenizer, tokens, text_bytes, source, sha256):
     }
 
 
+UNFINISHED = {"format": FORMAT, "unfinished": True}  # in place of meta.json while the bins are being replaced
+
+
+def checksum(meta):
+    """sha256 over all fields of a meta but itself."""
+    fields = {k: v for k, v in meta.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+WHOLE, BLOCKS, BLOCK = 256 << 20, 64, 1 << 20  # bytes up to which a file is read whole; else so many blocks
+
+
+def digest_of(file):
+    """sha256 of a file's size and bytes; of a large one, of 64 blocks of 1 MiB at equal distances."""
+    size = os.path.getsize(file)
+    digest = hashlib.sha256(f"{size} ".encode())
+    starts = range(0, size, BLOCK) if size <= WHOLE else [k * (size - BLOCK) // (BLOCKS - 1) for k in range(BLOCKS)]
+    with open(file, "rb") as f:
+        for start in starts:
+            f.seek(start)
+            digest.update(f.read(BLOCK))
+    return digest.hexdigest()
+
+
+def data_id(folder, meta):
+    """The identity of a data set: sha256 over the definition of its tokenizer and its bins; {} is GPT-2's tokenizer."""
+    meta = meta or {"tokenizer": "gpt2", "vocab_size": GPT2.vocab_size, "dtype": "uint16"}
+    fields = ("tokenizer", "vocab_size", "dtype", "chars", "tokenizer_sha256")
+    definition = json.dumps({k: meta[k] for k in fields if k in meta}, sort_keys=True)
+    bins = [digest_of(Path(folder) / f"{split}.bin") for split in ("train", "val")]
+    return hashlib.sha256(" ".join([definition, *bins]).encode()).hexdigest()
+
+
+def begin_replacing(out_dir):
+    """Mark the data set in `out_dir`, if there is one, as unfinished, before its files are replaced one by one."""
+    out_dir = Path(out_dir)
+    if os.path.lexists(out_dir / "meta.pkl"):  # nanoGPT's, of the bins that go
+        os.replace(out_dir / "meta.pkl", out_dir / "meta.pkl.bak")
+    replace_file(out_dir / "meta.json", (json.dumps(UNFINISHED) + "\n").encode("ascii"))
+
+
 def write_meta(out_dir, meta):
+    """meta.json of the bins that are there now; returns `meta` with their identity and a checksum over all."""
+    meta = meta | {"data_id": data_id(out_dir, meta)}
+    meta["checksum"] = checksum(meta)
     replace_file(Path(out_dir) / "meta.json", (json.dumps(meta, indent=1) + "\n").encode("ascii"))
+    return meta
 
 
-def write_split(out_dir, split, ids, vocab_size):
-    """Write token ids to `split`.bin."""
-    replace_file(Path(out_dir) / f"{split}.bin", np.asarray(ids, dtype=DTYPES[dtype_for(vocab_size)]).tobytes())
+def to_bytes(ids, vocab_size):
+    """Token ids as they lie in a .bin file."""
+    return np.asarray(ids, dtype=DTYPES[dtype_for(vocab_size)]).tobytes()
 
 
 def write_dataset(out_dir, train_text, val_text, tokenizer, name, source, sha256):
     """Tokenise two texts into a data set in `out_dir`, made if need be; returns its meta.
 
-    `source` is where the text came from and `sha256` the digest of the source. meta.json is written last.
+    `source` is where the text came from and `sha256` the digest of the source. A kill at any moment leaves the old set,
+    the new one, or one that is marked as unfinished and refused. ConfigError if another process is writing there.
     """
     out_dir = Path(out_dir)
     texts = {"train": train_text, "val": val_text}
     ids = {split: tokenizer.encode(text) for split, text in texts.items()}
+    for split in ids:
+        if len(ids[split]) < 2:
+            raise DataError(f"{source}: {len(ids[split])} token(s) for the {split} split; a model needs more text")
     text_bytes = {split: len(utf8(text)) for split, text in texts.items()}
     out_dir.mkdir(parents=True, exist_ok=True)
+    files = {f"{split}.bin": to_bytes(ids[split], tokenizer.vocab_size) for split in ids}
     if isinstance(tokenizer, SentencePiece):
-        replace_file(out_dir / "tokenizer.model", tokenizer.model)
-    for split in ids:
-        write_split(out_dir, split, ids[split], tokenizer.vocab_size)
-    meta = make_meta(name, tokenizer, {s: len(ids[s]) for s in ids}, text_bytes, source, sha256)
-    write_meta(out_dir, meta)
-    return meta
+        files["tokenizer.model"] = tokenizer.model
+    with preparing(out_dir):
+        staged = {out_dir / name: stage(out_dir / name, data) for name, data in files.items()}  # may fill the disk
+        begin_replacing(out_dir)
+        for file, tmp in staged.items():
+            os.replace(tmp, file)
+        tokens = {split: len(ids[split]) for split in ids}
+        return write_meta(out_dir, make_meta(name, tokenizer, tokens, text_bytes, source, sha256))
+
+
+def preparing(out_dir):
+    """Keep other preparers away from `out_dir`."""
+    return locked(Path(out_dir) / "prepare.lock", "preparing data", "wait for it, or choose another --out_dir")
 
 
 def how_to_make(folder):
@@ -334,12 +390,18 @@ def how_to_make(folder):
 
 
 def load_meta(folder):
-    """The meta.json of a data set, checked (DataError); {} where there is none (nanoGPT's own data: uint16)."""
-    file = Path(folder) / "meta.json"
-    if not file.exists():
+    """The meta of a data set, checked (DataError): of its meta.json, else of nanoGPT's meta.pkl, else {} (GPT-2's ids).
+
+    The bins are not read; see `check_identity`.
+    """
+    folder = Path(folder)
+    if os.path.lexists(folder / "meta.pkl") and not os.path.lexists(folder / "meta.json"):
+        return pickled_meta(folder)
+    file = folder / "meta.json"
+    if not os.path.lexists(file):  # exists() would also be False for a link that leads nowhere
         return {}
     try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
+        meta = json.loads(file.read_text(encoding="utf-8")) if is_file(file) else None
     except (OSError, ValueError, RecursionError) as e:
         raise DataError(f"{file} cannot be read ({type(e).__name__}: {e}): {how_to_make(folder)}") from e
     wrong = _wrong_field(meta)
@@ -352,16 +414,55 @@ def _wrong_field(meta):
     """What is wrong with a meta, or None."""
     if not isinstance(meta, dict):
         return "not a JSON object"
-    if meta.get("format") != FORMAT:
-        return f"format is {meta.get('format')!r}, this version reads {FORMAT}"
+    if type(meta.get("format")) is not int or not 1 <= meta["format"] <= FORMAT:
+        return f"format is {meta.get('format')!r}, this version reads up to {FORMAT}"
+    if "unfinished" in meta:
+        return "its preparation was interrupted, the .bin files may be of two data sets"
+    if meta["format"] > 1 and meta.get("checksum") != checksum(meta):
+        return "damaged, its checksum is that of other values"
+    if meta["format"] == 1 and ("checksum" in meta or "data_id" in meta):
+        return "format 1 has no checksum"
     for field in ("vocab_size", "train_tokens", "val_tokens", "train_bytes", "val_bytes"):
         if type(meta.get(field)) is not int or meta[field] < 0:
             return f"{field} is {meta.get(field)!r}, expected a whole number"
-    if not isinstance(meta.get("tokenizer"), str):
+    if not isinstance(meta.get("tokenizer"), str):  # another's own: it trains, and sample.py refuses it
         return f"tokenizer is {meta.get('tokenizer')!r}, expected a name"
     if meta.get("dtype") != dtype_for(meta["vocab_size"]):
         return f"dtype is {meta.get('dtype')!r}, {meta['vocab_size']} ids need {dtype_for(meta['vocab_size'])}"
     return None
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Dicts, lists, numbers and strings only: whatever would have to be imported is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def pickled_meta(folder):
+    """The meta of a folder that nanoGPT prepared, one id per character, from its meta.pkl; DataError for another."""
+    file = Path(folder) / "meta.pkl"
+    try:
+        if not is_file(file):
+            raise FileNotFoundError(f"{file} leads nowhere")
+        with open(file, "rb") as f:
+            found = PlainUnpickler(f).load()
+        itos, size = found["itos"], found["vocab_size"]
+        chars = [itos[i] for i in range(size)]
+        is_plain = all(type(c) is str and len(c) == 1 for c in chars) and len(set(chars)) == len(itos) == size > 0
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as e:
+        raise DataError(f"{file} cannot be read ({type(e).__name__}: {e}): {how_to_make(folder)}") from e
+    if not is_plain:
+        raise DataError(f"{file}: expected one character per id, as nanoGPT writes it: {how_to_make(folder)}")
+    return {"tokenizer": "char", "vocab_size": size, "dtype": "uint16", "chars": "".join(chars)}
+
+
+def check_identity(folder, meta):
+    """The `data_id` of a data set; DataError if its bins are not those that meta.json was written for."""
+    found = data_id(folder, meta)
+    if meta.get("data_id", found) != found:
+        raise DataError(f"{folder}: train.bin or val.bin is not what meta.json was written for: {how_to_make(folder)}")
+    return found
 
 
 def open_split(folder, split, meta):
@@ -370,12 +471,12 @@ def open_split(folder, split, meta):
     `meta` is load_meta's. A missing, empty or wrongly sized file is a DataError with the command to run.
     """
     file = Path(folder) / f"{split}.bin"
-    if not file.is_file():
+    if not is_file(file):
         what = file if Path(folder).is_dir() else f"data directory {folder}"
         raise DataError(f"{what} does not exist: {how_to_make(folder)}")
     dtype = np.dtype(meta["dtype"] if meta else "uint16")
     size = file.stat().st_size
-    if meta and size != meta[f"{split}_tokens"] * dtype.itemsize:
+    if f"{split}_tokens" in meta and size != meta[f"{split}_tokens"] * dtype.itemsize:
         raise DataError(
             f"{file} has {size} bytes, but meta.json says {meta[f'{split}_tokens']} tokens of {dtype.itemsize} bytes:"
             f" {how_to_make(folder)}"
@@ -401,12 +502,25 @@ class RawText:
     sha256: str
 
 
+BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's little-endian one begins as UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be", codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
+}  # fmt: skip
+
+
+def encoding_of(start):
+    """(encoding, length of its mark) that a file declares by its first four bytes; UTF-8 where it declares none."""
+    found = next((mark for mark in BYTE_ORDER_MARKS if start.startswith(mark)), b"")
+    return BYTE_ORDER_MARKS.get(found, "utf-8"), len(found)
+
+
 def decode_text(data, where):
-    """UTF-8 bytes as text whose lines end in \\n on every system: git or an editor may have made them \\r\\n."""
+    """The text in a file's bytes, without byte-order mark, its lines ending in \\n whatever editor or git made them."""
+    encoding, skip = encoding_of(data[:4])
     try:
-        text = data.decode("utf-8-sig")
+        text = data[skip:].decode(encoding)
     except UnicodeDecodeError as e:
-        raise DataError(f"{where} is not UTF-8 text: {e.reason} at byte {e.start}") from e
+        raise DataError(f"{where} is not {encoding.upper()} text: {e.reason} at byte {skip + e.start}") from e
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -548,7 +662,7 @@ def prepare_shakespeare(script, tokenizer_config, argv=None):
         cut = int(0.9 * len(corpus.text))  # characters
         train, val = corpus.text[:cut], corpus.text[cut:]
         tokenizer = build_tokenizer(kind, train, val, config.vocab_size)
-        out_dir = Path(config.out_dir) if config.out_dir else script.parent
+        out_dir = Path(expand(config.out_dir)) if config.out_dir else script.parent
         name = script.parent.name
         meta = write_dataset(out_dir, train, val, tokenizer, name, corpus.source, corpus.sha256)
         print(f"{name}: {corpus.title} ({corpus.source}), {len(corpus.text):,} characters")

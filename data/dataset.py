@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from configurator import ROOT
-from data.corpus import DataError, load_meta, open_split
+from data.corpus import DataError, check_identity, load_meta, open_split
 
 TRAIN, TRAIN_LOSS, VAL_LOSS = range(3)  # independent streams of random windows
 
@@ -23,6 +23,7 @@ class TokenDataset:
         self.folder = (Path(cfg.data_dir) if cfg.data_dir else ROOT / "data") / cfg.dataset
         self.meta = load_meta(self.folder)
         self.splits = {split: open_split(self.folder, split, self.meta) for split in ("train", "val")}
+        self.id = check_identity(self.folder, self.meta)
         self.seed = cfg.seed
 
     def check(self, block_size, vocab_size):

@@ -23,14 +23,19 @@ except ImportError:  # Windows
     import msvcrt
 
 
-def replace_file(path, data):
-    """Write bytes under a temporary name, flush to the disk, rename: a reader sees the old file or the new one."""
+def stage(path, data):
+    """Write bytes beside `path` and flush them to the disk; the temporary's path, for os.replace."""
     tmp = Path(f"{path}.tmp")
     with open(tmp, "wb") as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(tmp, path)
+    return tmp
+
+
+def replace_file(path, data):
+    """Write bytes under a temporary name, flush to the disk, rename: a reader sees the old file or the new one."""
+    os.replace(stage(path, data), path)
 
 
 def expand(path):

@@ -7,11 +7,11 @@ the next one continues from there and ends with the same bytes as a run that was
 file instead.
 """
 
-import glob
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from contextlib import ExitStack
@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository r
 import configurator  # noqa: E402
 from data import corpus  # noqa: E402
 from data.corpus import DataError  # noqa: E402
+from data.files import expand, is_file  # noqa: E402
+from data.reader import kind_of, local_documents  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = "Skylion007/openwebtext"
@@ -37,7 +39,7 @@ SPLITS = ("train", "val")
 
 @dataclass
 class PrepareConfig:
-    text_file: str | None = None  # a local file instead: .jsonl (field "text"), else text (one document per paragraph)
+    text_file: str | None = None  # a local file: .json, .jsonl, .ndjson (field "text"), else a document per paragraph
     tokenizer: str = "gpt2"  # gpt2 or byte
     val_share: float = 0.0005  # probability of a document to go to the val split
     limit: int | None = None  # stop after so many documents
@@ -55,8 +57,10 @@ class PrepareConfig:
         for name, value in (("limit", self.limit), ("num_proc", self.num_proc), ("save_every", self.save_every)):
             if value is not None and value < 1:
                 raise ValueError(f"--{name}={value}: expected 1 or more")
-        if self.text_file is not None and not (os.path.isfile(self.text_file) and os.path.getsize(self.text_file)):
-            raise ValueError(f"--text_file={self.text_file}: no such file, or it is empty")
+        if self.text_file is not None:
+            self.text_file = expand(self.text_file)
+            if not (os.path.isfile(self.text_file) and os.path.getsize(self.text_file)):
+                raise ValueError(f"--text_file={self.text_file}: no such file, or it is empty")
 
     @property
     def source(self):
@@ -73,8 +77,8 @@ class PrepareConfig:
 # Reading.
 
 
-def open_stream(config):
-    """The source as a streaming Hugging Face data set with a "text" column: nothing is downloaded ahead or cached."""
+def hub_documents(config):
+    """Yield the texts of the streaming Hugging Face data set: nothing is downloaded ahead or cached."""
     try:
         import datasets
         import huggingface_hub
@@ -82,23 +86,21 @@ def open_stream(config):
         raise DataError("openwebtext needs the package datasets: pip install datasets") from None
     datasets.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()  # it would announce each retry
-    if config.text_file is None:
-        return datasets.load_dataset(REPOSITORY, revision=config.revision, split="train", streaming=True)
-    lines = Path(config.text_file).name.split(".", 1)[-1].startswith("jsonl")  # also .jsonl.gz
-    kind, options = ("json", {}) if lines else ("text", {"sample_by": "paragraph"})
-    options |= {"data_files": glob.escape(str(Path(config.text_file).resolve())), "chunksize": 1 << 20}
-    return datasets.load_dataset(kind, split="train", streaming=True, **options)
+    rows = datasets.load_dataset(REPOSITORY, revision=config.revision, split="train", streaming=True)
+    for index, row in enumerate(rows):
+        if not isinstance(row.get("text"), str):
+            raise DataError(f"{config.source}: document {index} has no 'text' string")
+        yield row["text"]
 
 
 def documents(config):
     """Yield the documents' texts, in the source's order; DataError where it cannot be read."""
     from_hub = config.text_file is None
     try:
-        for index, row in enumerate(open_stream(config)):
-            text = row.get("text")
-            if not isinstance(text, str):
-                raise DataError(f"{config.source}: document {index} has no 'text' string")
-            yield text
+        texts = hub_documents(config) if from_hub else local_documents(config.text_file)
+        for first in islice(texts, 1):
+            yield first.lstrip("\ufeff")  # a byte-order mark is no text, even a second one
+        yield from texts
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError) as e:  # network, encoding, JSON; RuntimeError: a loading script
@@ -112,7 +114,7 @@ def documents(config):
 
 def extend(digest, text):
     """The running digest after one more document: sha256 of the digest before, then the text. It can be resumed."""
-    return hashlib.sha256(bytes.fromhex(digest) + text.encode()).hexdigest()
+    return hashlib.sha256(bytes.fromhex(digest) + corpus.utf8(text)).hexdigest()
 
 
 def batches(texts, digest):
@@ -239,17 +241,39 @@ class Progress:
     def load(cls, out_dir, settings, restart):
         """The progress to go on from: that of an unfinished run with the same settings, or a new one."""
         file = out_dir / "progress.json"
-        if restart or not file.exists():
+        if restart or not is_file(file):
             return cls(settings)
         try:
             progress = cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, RecursionError) as e:
             raise DataError(f"{file} is damaged; start over with --restart") from e
+        if wrong := progress.wrong_field():
+            raise DataError(f"{file} is damaged ({wrong}); start over with --restart")
         changed = [k for k in settings if progress.settings.get(k) != settings[k]]
         if changed:
             told = ", ".join(f"{k}={progress.settings.get(k)}" for k in changed)
             raise DataError(f"{out_dir} holds an unfinished run with {told}; repeat that, or start over with --restart")
         return progress
+
+    def wrong_field(self):
+        """What no run can have written, or None."""
+
+        def is_count(value):
+            return type(value) is int and value >= 0
+
+        def is_per_split(value):
+            return isinstance(value, dict) and value.keys() == set(SPLITS) and all(map(is_count, value.values()))
+
+        digest = "[0-9a-f]{64}" if self.documents else ""
+        fine = {
+            "settings": isinstance(self.settings, dict),
+            "documents": is_count(self.documents),
+            "digest": isinstance(self.digest, str) and re.fullmatch(digest, self.digest),
+            "bin_bytes": is_per_split(self.bin_bytes),
+            "text_bytes": is_per_split(self.text_bytes),
+            "finished": type(self.finished) is bool and bool(self.documents or not self.finished),
+        }
+        return next((name for name, is_fine in fine.items() if not is_fine), None)
 
 
 def is_val(index, share):
@@ -282,7 +306,7 @@ def progress_bar(config, progress):
     quiet = 0.5 if sys.stderr.isatty() else 30  # seconds between two lines
     if config.text_file is None or config.limit:
         return tqdm(total=config.limit or DOCUMENTS, initial=progress.documents, unit=" docs", mininterval=quiet)
-    total = None if config.text_file.endswith((".gz", ".zst", ".bz2", ".xz")) else os.path.getsize(config.text_file)
+    total = None if kind_of(config.text_file)[1] else os.path.getsize(config.text_file)
     done = sum(progress.text_bytes.values())
     return tqdm(total=total, initial=done, unit="B", unit_scale=True, mininterval=quiet)
 
@@ -317,43 +341,51 @@ def tokenise(config, progress, out_dir):
 
 def finish(progress, out_dir, tokenizer):
     """Rename the bins, write meta.json, forget the progress. A kill in between is repaired by doing it again."""
+    corpus.begin_replacing(out_dir)
     for split in SPLITS:
-        tmp = out_dir / f"{split}.bin.tmp"
+        tmp, file = out_dir / f"{split}.bin.tmp", out_dir / f"{split}.bin"
         if tmp.exists():
-            os.replace(tmp, out_dir / f"{split}.bin")
+            os.replace(tmp, file)
+        have = file.stat().st_size if file.exists() else 0
+        if have != progress.bin_bytes[split]:
+            told = f"{file} has {have} bytes, progress.json says {progress.bin_bytes[split]}"
+            raise DataError(f"{told}; start over with --restart")
     size = np.dtype(corpus.dtype_for(tokenizer.vocab_size)).itemsize
     tokens = {s: progress.bin_bytes[s] // size for s in SPLITS}
     source = progress.settings["source"]
     meta = corpus.make_meta("openwebtext", tokenizer, tokens, progress.text_bytes, source, progress.digest)
-    corpus.write_meta(out_dir, meta)
+    meta = corpus.write_meta(out_dir, meta)
     (out_dir / "progress.json").unlink()
     return meta
 
 
+def prepare(config, out_dir):
+    """The whole preparation into `out_dir`, from wherever an earlier one was stopped."""
+    tokenizer = corpus.build_tokenizer(config.tokenizer)  # in this process first: it may have to be downloaded
+    progress = Progress.load(out_dir, config.settings, config.restart)
+    if progress.documents:
+        print(f"going on after {progress.documents:,} documents (reading past them first)", flush=True)
+    if not progress.finished:
+        tokenise(config, progress, out_dir)
+    meta = finish(progress, out_dir, tokenizer)
+    print(f"openwebtext: {progress.documents:,} documents of {config.source}")
+    print(
+        f"train {meta['train_tokens']:,} tokens, val {meta['val_tokens']:,} tokens"
+        f" ({meta['tokenizer']}, {meta['vocab_size']:,} ids, {meta['dtype']}) -> {out_dir}"
+    )
+    if not meta["val_tokens"]:
+        print("the val split is empty: prepare again with a larger --val_share to be able to evaluate")
+
+
 def main():
-    with configurator.one_line_errors("prepare.py", DataError, OSError):
+    stopped = "interrupted; the same command goes on from the last save"
+    with configurator.one_line_errors("prepare.py", DataError, OSError, interrupted=stopped):
         config = configurator.read(sys.argv[1:], PrepareConfig, doc=__doc__).build(PrepareConfig)
-        out_dir = Path(config.out_dir) if config.out_dir else HERE
-        tokenizer = corpus.build_tokenizer(config.tokenizer)  # in this process first: it may have to be downloaded
+        out_dir = Path(expand(config.out_dir)) if config.out_dir else HERE
         out_dir.mkdir(parents=True, exist_ok=True)
-        progress = Progress.load(out_dir, config.settings, config.restart)
-        if progress.documents:
-            print(f"going on after {progress.documents:,} documents (reading past them first)", flush=True)
-        if not progress.finished:
-            tokenise(config, progress, out_dir)
-        meta = finish(progress, out_dir, tokenizer)
-        print(f"openwebtext: {progress.documents:,} documents of {config.source}")
-        print(
-            f"train {meta['train_tokens']:,} tokens, val {meta['val_tokens']:,} tokens"
-            f" ({meta['tokenizer']}, {meta['vocab_size']:,} ids, {meta['dtype']}) -> {out_dir}"
-        )
-        if not meta["val_tokens"]:
-            print("the val split is empty: prepare again with a larger --val_share to be able to evaluate")
+        with corpus.preparing(out_dir):
+            prepare(config, out_dir)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("prepare.py: interrupted; the same command goes on from the last save", file=sys.stderr)
-        raise SystemExit(130) from None
+    main()

@@ -1,25 +1,31 @@
 """data/: tokenizers, files, where Shakespeare comes from, and the streaming path of openwebtext."""
 
+import codecs
+import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import multiprocessing.connection
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from data import corpus
+from configurator import ConfigError
+from data import corpus, reader
 from data.corpus import DataError
 from helpers import PATIENCE, ROOT, SHARED
 
@@ -196,7 +202,7 @@ def test_input_txt_comes_before_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYSHAKESPEARE", str(tmp_path / "env.txt"))
     assert corpus.shakespeare(tmp_path).text == "mine"
     assert corpus.shakespeare(tmp_path, "env").text == "theirs"
-    (tmp_path / "input.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "input.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match="not UTF-8"):
         corpus.shakespeare(tmp_path)
 
@@ -417,16 +423,102 @@ class Bomb:
         return (open, (self.path, "w"))
 
 
-def test_meta_pkl_is_never_unpickled(tmp_path):
+def test_meta_pkl_is_read_without_running_anything(tmp_path):
     np.arange(10, dtype=np.uint16).tofile(tmp_path / "train.bin")
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Bomb(str(tmp_path / "boom"))))
-    assert corpus.load_meta(tmp_path) == {}
-    assert corpus.open_split(tmp_path, "train", {}).tolist() == list(range(10))
-    with pytest.raises(DataError, match=r"meta\.pkl.*meta\.json"):
-        corpus.load_tokenizer({}, tmp_path)
+    with pytest.raises(DataError, match=r"meta\.pkl.*asks for io\.open"):
+        corpus.load_meta(tmp_path)
     assert not (tmp_path / "boom").exists()
     pickle.loads((tmp_path / "meta.pkl").read_bytes())
     assert (tmp_path / "boom").exists()  # the bomb was live
+
+
+def nanogpts_pickle(chars):
+    """What nanoGPT's data/shakespeare_char/prepare.py leaves in meta.pkl."""
+    stoi = {c: i for i, c in enumerate(chars)}
+    return {"vocab_size": len(chars), "itos": {i: c for c, i in stoi.items()}, "stoi": stoi}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_nanogpts_character_data_is_understood(protocol, tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(nanogpts_pickle("\nabz"), protocol))
+    for split in ("train", "val"):
+        np.array([1, 2, 3, 0], np.uint16).tofile(tmp_path / f"{split}.bin")
+    meta = corpus.load_meta(tmp_path)
+    assert corpus.load_tokenizer(meta, tmp_path).decode(corpus.open_split(tmp_path, "val", meta).tolist()) == "abz\n"
+    assert corpus.check_identity(tmp_path, meta) != corpus.check_identity(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    "found",
+    [None, 5, {}, {"vocab_size": 2}, nanogpts_pickle("aa"), {"vocab_size": 2, "itos": {0: "ab", 1: "c"}},
+     {"vocab_size": "2", "itos": {0: "a"}}, {"vocab_size": 1, "itos": {0: 7}}, {"vocab_size": -1, "itos": {}}],
+)  # fmt: skip
+def test_another_meta_pkl_is_a_data_error(found, tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(found))
+    with pytest.raises(DataError, match=r"meta\.pkl"):
+        corpus.load_meta(tmp_path)
+    (tmp_path / "meta.pkl").unlink()
+    (tmp_path / "meta.pkl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"meta\.pkl"):
+        corpus.load_meta(tmp_path)
+
+
+def test_a_dangling_meta_is_not_gpt2s(tmp_path):
+    (tmp_path / "meta.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"meta\.json"):
+        corpus.load_meta(tmp_path)
+
+
+def test_changed_bytes_of_a_data_set_are_told(tmp_path):
+    """Of meta.json and of the bins: the first and last bytes, and a hundred others; one bit or all eight."""
+    small_dataset(tmp_path)
+    rng = random.Random(0)
+    for name in ("meta.json", "train.bin", "val.bin"):
+        whole = (tmp_path / name).read_bytes()
+        for at in [0, len(whole) - 1, *rng.sample(range(len(whole)), 100)]:
+            flipped = whole[at] ^ rng.choice([1, 2, 4, 8, 16, 32, 64, 128, 255])
+            (tmp_path / name).write_bytes(whole[:at] + bytes([flipped]) + whole[at + 1 :])
+            try:
+                meta = corpus.load_meta(tmp_path)
+                corpus.check_identity(tmp_path, meta)
+            except DataError:
+                continue
+            assert name == "meta.json" and json.loads(whole) == meta, (at, flipped)  # a space that became another
+        (tmp_path / name).write_bytes(whole)
+    corpus.check_identity(tmp_path, corpus.load_meta(tmp_path))
+
+
+def test_the_identity_is_that_of_tokenizer_and_ids(tmp_path):
+    """Not of the place, nor of the source's name; but the characters count, though the ids are the same."""
+
+    def identity(name, text, source="x"):
+        tokenizer = corpus.build_tokenizer("char", text, "")
+        return corpus.write_dataset(tmp_path / name, text, text, tokenizer, name, source, "")["data_id"]
+
+    assert identity("a", "abcab") == identity("b", "abcab", "another")
+    assert len({identity("a", text) for text in ("abcab", "xyzxy", "abcba", "abcabc")}) == 4
+
+
+def test_large_bins_are_sampled_with_their_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "WHOLE", 1000)
+    monkeypatch.setattr(corpus, "BLOCK", 16)
+    file, whole = tmp_path / "x.bin", bytes(range(256)) * 8
+    file.write_bytes(whole)
+    before = corpus.digest_of(file)
+    for at in (0, len(whole) - 1):
+        file.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
+        assert corpus.digest_of(file) != before
+    file.write_bytes(whole + b"x")
+    assert corpus.digest_of(file) != before
+
+
+def test_old_metas_are_read(tmp_path):
+    """Format 1, before data sets had an identity."""
+    meta = {k: v for k, v in small_dataset(tmp_path).items() if k not in ("data_id", "checksum")} | {"format": 1}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert corpus.load_meta(tmp_path) == meta
+    assert corpus.check_identity(tmp_path, meta) == corpus.data_id(tmp_path, meta)
 
 
 def test_bins_without_meta_are_gpt2s(tmp_path):
@@ -437,7 +529,8 @@ def test_bins_without_meta_are_gpt2s(tmp_path):
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"format": 2}, "format is 2"),
+        ({"format": 3}, "format is 3"),
+        ({"format": True}, "format is True"),
         ({"vocab_size": "65"}, "vocab_size is '65'"),
         ({"vocab_size": 70_000}, "need uint32"),
         ({"dtype": "float32"}, "dtype is 'float32'"),
@@ -501,20 +594,123 @@ def test_a_split_cannot_be_written_through_its_memmap(tmp_path):
         split_ids(tmp_path, "train")[0] = 1
 
 
-def test_meta_is_written_last_and_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    order, replace = [], os.replace
-    monkeypatch.setattr(corpus.os, "replace", lambda a, b: (order.append(Path(b).name), replace(a, b)))
-    small_dataset(tmp_path)
-    assert order == ["train.bin", "val.bin", "meta.json"]
-    before = (tmp_path / "train.bin").read_bytes()
+def test_a_failed_write_leaves_the_old_set(tmp_path, monkeypatch):
+    before = small_dataset(tmp_path)
 
     def full_disk(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(corpus.os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        corpus.write_split(tmp_path, "train", [1, 2, 3], 65)
-    assert (tmp_path / "train.bin").read_bytes() == before
+    with monkeypatch.context() as patched:
+        patched.setattr(corpus.os, "fsync", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            corpus.write_dataset(tmp_path, "xyzxy", "zz", corpus.build_tokenizer("char", "xyz", ""), "n", "s", "")
+    assert corpus.load_meta(tmp_path) == before and corpus.check_identity(tmp_path, before)
+
+
+@pytest.mark.parametrize("stop_at", range(1, 8))
+def test_a_kill_while_a_set_is_replaced_leaves_no_mixture(stop_at, tmp_path, monkeypatch):
+    """The renames: the mark, two bins, tokenizer.model, meta.json. Die instead of the n-th, or after the last."""
+    before, new = small_dataset(tmp_path), corpus.build_tokenizer("sentencepiece", VERSE, "", vocab_size=300)
+    calls, replace = [], os.replace
+
+    def dying_replace(a, b):
+        calls.append(b)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        replace(a, b)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", dying_replace)
+        with suppress(KeyboardInterrupt):
+            corpus.write_dataset(tmp_path, VERSE, VERSE, new, "n", "s", "")
+    if stop_at == 1:
+        assert corpus.load_meta(tmp_path) == before and corpus.check_identity(tmp_path, before)
+    elif stop_at <= 5:
+        with pytest.raises(DataError, match="interrupted"):
+            corpus.load_meta(tmp_path)
+    else:
+        assert corpus.load_meta(tmp_path)["tokenizer"] == "sentencepiece"
+        assert corpus.check_identity(tmp_path, corpus.load_meta(tmp_path))
+
+
+def test_nanogpts_meta_does_not_survive_new_bins(tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(nanogpts_pickle("abc")))
+    meta = small_dataset(tmp_path)
+    assert corpus.load_meta(tmp_path) == meta and (tmp_path / "meta.pkl.bak").exists()
+
+
+def test_two_preparers_exclude_each_other(tmp_path):
+    with corpus.preparing(tmp_path), pytest.raises(ConfigError, match=f"process {os.getpid()} on .* is preparing"):
+        small_dataset(tmp_path)
+    small_dataset(tmp_path)
+    assert not (tmp_path / "prepare.lock").exists()
+
+
+@pytest.mark.parametrize("text", ["", "a"])
+def test_no_text_is_refused(text, tmp_path):
+    with pytest.raises(DataError, match="more text"):
+        corpus.write_dataset(tmp_path / "d", text, text, corpus.build_tokenizer("char", text, ""), "n", "s", "")
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_declared_encodings_are_decoded(encoding, tmp_path):
+    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else codecs.BOM_UTF32_BE if encoding == "utf-32-be" else b""
+    text = "\ufeffna\u00efve \u65e5\U0001f600\nx"
+    assert corpus.decode_text(mark + text.encode(encoding), "x") == text  # only one mark is a mark
+    assert corpus.decode_text("a\r\nb\rc".encode("utf-16"), "x") == "a\nb\nc"
+    with pytest.raises(DataError, match="not UTF-8 text: .* at byte 3"):
+        corpus.decode_text("caf\u00e9".encode("latin-1"), "x")
+
+
+# -- readers ----------------------------------------------------------------------------------------------------------
+
+TEXTS = ["one \u00e9", "two\nlines", "\U0001f600"]
+AS_LINES = "".join(json.dumps({"text": text, "more": 1}, ensure_ascii=False) + "\n" for text in TEXTS)
+AS_ARRAY = json.dumps([{"text": text} for text in TEXTS], indent=1)
+AS_TEXT = "\n\n".join(TEXTS)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize(
+    "name, content",
+    [("wiki.en.jsonl", AS_LINES), ("x.JSONL", AS_LINES), ("x.ndjson", "\n" + AS_LINES), ("x.json", AS_ARRAY),
+     ("x.json", AS_LINES), ("x.jsonl.gz", AS_LINES), ("x.txt", AS_TEXT), ("x.v2", AS_TEXT + "\n\n\n"),
+     ("no_ending", "\n\n" + AS_TEXT.replace("\n", "\r\n")), ("x.TXT.GZ", AS_TEXT)],
+)  # fmt: skip
+def test_files_are_read_for_what_they_are(name, content, encoding, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "CHUNK", 3)  # characters and line ends are cut anywhere
+    data = content.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith(".gz") else data)
+    assert list(reader.local_documents(tmp_path / name)) == TEXTS
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.sampled_from("a\n\r\u00e9\U0001f600"), max_size=40), chunk=st.integers(1, 9))
+def test_paragraphs_are_what_lies_between_empty_lines(text, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "CHUNK", chunk)
+    (tmp_path / "x").write_bytes(text.encode())
+    plain = text.replace("\r\n", "\n").replace("\r", "\n")
+    expected = [p.strip("\n") for p in plain.split("\n\n") if p.strip("\n")]
+    assert list(reader.local_documents(tmp_path / "x")) == expected
+
+
+def test_the_offset_of_what_is_no_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "CHUNK", 5)
+    (tmp_path / "x").write_bytes(b"abcdefgh\xe9")
+    with pytest.raises(DataError, match="utf-8: .* at byte 8"):
+        list(reader.local_documents(tmp_path / "x"))
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b"abc" * 1000)[:20])
+    with pytest.raises(DataError, match="cannot be read"):
+        list(reader.local_documents(tmp_path / "x.gz"))
+
+
+def test_a_line_of_megabytes_is_read_in_time(tmp_path):
+    """Twenty million bytes without a line end: the time is linear, not that of joining and splitting again."""
+    (tmp_path / "x").write_bytes(b"word " * 4_000_000)
+    start = time.process_time()
+    assert [len(text) for text in reader.local_documents(tmp_path / "x")] == [20_000_000]
+    assert time.process_time() - start < 5
 
 
 # -- openwebtext ------------------------------------------------------------------------------------------------------
@@ -659,9 +855,9 @@ def in_process(owt, monkeypatch, *args):
     owt.main()
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 6, 7])
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 6, 7, 8])
 def test_a_stop_at_any_rename_is_repaired(owt, stop_at, tmp_path, monkeypatch):
-    """The renames of a run: progress.json (several), train.bin, val.bin, meta.json. Die instead of the n-th one."""
+    """The renames of a run: progress.json (several), the mark, train.bin, val.bin, meta.json. Die at the n-th."""
     docs = paragraphs(1500, words=5)
     args = (f"--text_file={write_text(tmp_path / 't.txt', docs)}", f"--out_dir={tmp_path / 'd'}")
     args += ("--save_every=400", "--val_share=0.3")
@@ -675,8 +871,9 @@ def test_a_stop_at_any_rename_is_repaired(owt, stop_at, tmp_path, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(os, "replace", dying_replace)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit) as stop:
             in_process(owt, monkeypatch, *args)
+        assert stop.value.code == 130
     in_process(owt, monkeypatch, *args)
     check_dataset(tmp_path / "d", expected(owt, docs, corpus.Byte(), 0.3), docs)
 
@@ -688,7 +885,7 @@ def interrupted(owt, tmp_path, monkeypatch, docs):
     with monkeypatch.context() as m:
         m.setattr(owt, "finish", lambda *a: pytest.fail("not reached"))
         m.setattr(owt.Progress, "save", lambda self, out: (_save(self, out), _stop(self)))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             in_process(owt, monkeypatch, *args)
     return args
 
@@ -724,10 +921,30 @@ def test_damaged_unfinished_work_is_told(owt, damage, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
+    "change",
+    [{"documents": "5"}, {"documents": -1}, {"digest": 5}, {"digest": "zz"}, {"bin_bytes": []},
+     {"bin_bytes": {"train": 1}}, {"text_bytes": {"train": 1.5, "val": 0}}, {"finished": 1}, {"settings": "x"},
+     {"more": 1}, {"documents": 0, "digest": "", "finished": True}],
+)  # fmt: skip
+def test_impossible_progress_is_told(owt, change, tmp_path, monkeypatch, capsys):
+    args = interrupted(owt, tmp_path, monkeypatch, paragraphs(600, words=3))
+    file = tmp_path / "d" / "progress.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(SystemExit, match="2"):
+        in_process(owt, monkeypatch, *args)
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("prepare.py: error: ") and "--restart" in err[-1]
+    file.write_text('{"finished": true}')
+    with pytest.raises(SystemExit, match="2"):
+        in_process(owt, monkeypatch, *args)
+
+
+@pytest.mark.parametrize(
     "content, suffix, told",
     [
-        (b"ok\n\n\xff\xfe", "txt", "cannot be read"),
-        (b'{"text": "a"}\n{"text"\n', "jsonl", "cannot be read"),
+        (b"ok\n\n\xff\xfe", "txt", "cannot be read as utf-8: invalid start byte at byte 4"),
+        (b'{"text": "a"}\n{"text"\n', "jsonl", "line 2, cannot be read as JSON"),
+        (b'{"text": "\\ud800"}\n', "jsonl", "lone surrogate"),
         (b'{"body": "a"}\n', "jsonl", "no 'text'"),
         (b'{"text": 5}\n', "jsonl", "no 'text'"),
         (b"\n\n\n\n", "txt", "no documents"),
