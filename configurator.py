@@ -29,7 +29,7 @@ import traceback
 import types
 import typing
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -226,6 +226,11 @@ def keys_of(*classes):
 # Config files and the command line.
 
 
+def expand(path):
+    """`path` with ~ and environment variables replaced, as a shell would."""
+    return os.path.expandvars(os.path.expanduser(path))
+
+
 def find_key(keys, name, where):
     if name not in keys:
         near = difflib.get_close_matches(name, keys, n=3, cutoff=0.6)
@@ -277,6 +282,11 @@ class Settings:
     keys: dict
     values: dict
     given: set
+    files: tuple = ()  # names of the config files, without folder and .py
+
+    def expanded(self, *names):
+        """The same, with ~ and environment variables in these paths replaced."""
+        return replace(self, values=self.values | {name: expand(self.values[name]) for name in names})
 
     def build(self, cls, **overrides):
         """An instance of the dataclass `cls`; its own ValueError becomes a one-line ConfigError."""
@@ -357,7 +367,7 @@ def read(argv, *classes, doc="", aliases=None):
         run_file(file, keys, given)
     given |= flags
     values = {k: key.default for k, key in keys.items()} | given
-    settings = Settings(keys, values, set(given))
+    settings = Settings(keys, values, set(given), tuple(Path(file).stem for file in files))
     if show == "print_config":
         for cls in classes:
             settings.build(cls)  # refuses what the run itself would refuse

@@ -774,7 +774,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
-               repetition_window=None, use_cache=True, generator=None):  # fmt: skip
+               repetition_window=None, use_cache=True, generator=None, known_ids=None):  # fmt: skip
         """Yield the next token of each sequence, (B, 1) int64, one after another; see `generate` for the settings."""
         if idx.dim() != 2 or idx.size(1) == 0:
             raise ValueError(f"the prompt must be (B, T) with T >= 1, not {tuple(idx.shape)}")
@@ -788,25 +788,25 @@ class GPT(nn.Module):
                     logits, _ = self(idx if limit is None else idx[:, -limit:])  # a learned position table: slide
                 else:
                     logits, _ = self(idx[:, state.pos :], state=state)
-                new = next_token(logits[:, -1].float(), idx, temperature, top_k, top_p, min_p, repetition_penalty,
-                                 repetition_window, generator)  # fmt: skip
+                new = next_token(logits[:, -1, :known_ids].float(), idx, temperature, top_k, top_p, min_p,
+                                 repetition_penalty, repetition_window, generator)  # fmt: skip
                 idx = torch.cat((idx, new), dim=1)
                 yield new
         finally:
             self.train(training)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
-                 use_cache=True, generator=None, repetition_window=None):  # fmt: skip
+                 use_cache=True, generator=None, repetition_window=None, known_ids=None):  # fmt: skip
         """The prompts idx (B, T) int64 followed by max_new_tokens sampled tokens: (B, T + max_new_tokens).
 
         temperature 0 is greedy. top_k, top_p and min_p cut the tail, in that order. repetition_penalty r divides a seen
         token's logit by r if it is positive and multiplies it if negative, before the temperature; repetition_window
         limits "seen" to the last so many tokens. use_cache=False recomputes everything for each token, with the same
         result. Beyond block_size a model with learned positions slides its window, others go on from their state.
-        ValueError for settings out of range.
+        known_ids: so many ids have a meaning, others are not chosen. ValueError for settings out of range.
         """
         new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, repetition_window,
-                          use_cache, generator)  # fmt: skip
+                          use_cache, generator, known_ids)  # fmt: skip
         return torch.cat((idx, *new), dim=1)
 
     # Training -------------------------------------------------------------------------------------------------------

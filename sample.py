@@ -7,6 +7,10 @@ Write text with a trained model.
 """
 
 import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported: no traceback
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +19,24 @@ from typing import Literal
 import torch
 
 import configurator
-from configurator import ROOT, ConfigError, check_values
-from data.corpus import DataError, build_tokenizer, load_meta, load_tokenizer
+from configurator import ROOT, ConfigError, check_values, expand
+from data.corpus import (
+    GPT2,
+    GPT2_NAMES,
+    DataError,
+    HuggingFace,
+    build_tokenizer,
+    decode_text,
+    first_ids,
+    has_tokenizer,
+    load_meta,
+    load_tokenizer,
+    visible,
+)
+from data.files import is_file
+from data.runs import find_checkpoint
 from model import GPT, CheckpointError, load_checkpoint
-from train import pick_device, pick_dtype
+from train import pick_device, pick_dtype, told_when_out_of_memory
 
 RANGES = {"num_samples max_new_tokens": "[1, 2^63)", "seed": "[0, 2^63)"}
 
@@ -38,6 +56,7 @@ class SampleConfig:
     max_new_tokens: int = 500  # tokens per text
     stop: tuple[str, ...] = ()  # end a text before whichever of these strings is complete first
     stream: bool = False  # print while writing (one sample)
+    raw: bool = False  # print control characters as they are; False = as escapes, which no terminal obeys
     # -- sampling -----------------------------------------------------------------------------------------------------
     temperature: float = 0.8  # 1 = the model's own probabilities, below 1: sharper, 0 = greedy
     top_k: int | None = 200  # keep the k likeliest tokens
@@ -60,21 +79,37 @@ class SampleConfig:
             raise ValueError("stop='': an empty string would end every text at once")
 
 
+def tokenizer_of(name_or_dir, vocab_size):
+    """The tokenizer of pre-trained weights: the folder's own, or GPT-2's by name or (told) by size; else DataError."""
+    if has_tokenizer(name_or_dir):
+        return HuggingFace(name_or_dir)
+    if name_or_dir not in GPT2_NAMES:
+        if vocab_size != GPT2.vocab_size:
+            raise DataError(f"{name_or_dir}: has no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+        print(f"{name_or_dir}: has no tokenizer, its {vocab_size} ids are taken for GPT-2's", file=sys.stderr)
+    return build_tokenizer("gpt2")
+
+
 def load(cfg):
     """(model, tokenizer) of a run or of a pre-trained GPT-2."""
     if cfg.init_from != "resume":
         try:
-            return GPT.from_pretrained(cfg.init_from), build_tokenizer("gpt2")
+            model = GPT.from_pretrained(cfg.init_from)
+            return model, tokenizer_of(cfg.init_from, model.config.vocab_size)
         except ImportError:
             raise ConfigError("pre-trained models need transformers: pip install transformers safetensors") from None
+        except DataError:
+            raise
         except (ValueError, OSError) as e:
             raise ConfigError(f"--init_from={cfg.init_from}: {e}") from e
-    names = [cfg.checkpoint] if cfg.checkpoint else ["ckpt.pt", "ckpt_last.pt"]
-    paths = [Path(cfg.out_dir) / name for name in names]
-    checkpoint = load_checkpoint(next((p for p in paths if p.is_file()), paths[0]))
+    path = Path(cfg.out_dir) / cfg.checkpoint if cfg.checkpoint else find_checkpoint(cfg.out_dir, best=True)
+    checkpoint = load_checkpoint(path or Path(cfg.out_dir) / "ckpt.pt")
     trained = checkpoint.get("config", {})  # nanoGPT's has one too, but no meta
-    folder = Path(cfg.data_dir or trained.get("data_dir") or ROOT / "data") / trained.get("dataset", "")
+    dataset, data_dir = (trained.get(name) or "" for name in ("dataset", "data_dir")) if trained else ("", "")
+    folder = Path(cfg.data_dir or str(data_dir) or ROOT / "data") / str(dataset)
     meta = checkpoint.get("meta") or load_meta(folder)
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path}: damaged, its meta is a {type(meta).__name__}")
     return GPT.from_checkpoint(checkpoint), load_tokenizer(meta, folder)
 
 
@@ -83,9 +118,11 @@ def prompt(start):
     if start != "-" and not start.startswith("FILE:"):
         return start
     try:
-        data = sys.stdin.buffer.read() if start == "-" else Path(start[5:]).read_bytes()
-        return data.decode("utf-8-sig").replace("\r\n", "\n")  # as the corpora are read
-    except (OSError, UnicodeDecodeError) as e:
+        if start != "-" and not is_file(expand(start[5:])):
+            raise FileNotFoundError("there is no such file")
+        data = sys.stdin.buffer.read() if start == "-" else Path(expand(start[5:])).read_bytes()
+        return decode_text(data, f"--start={start}:")  # as the corpora are read
+    except OSError as e:
         raise ConfigError(f"--start={start}: cannot be read ({e})") from e
 
 
@@ -106,7 +143,7 @@ def grow(model, tokenizer, idx, cfg):
     generator = torch.Generator(idx.device).manual_seed(cfg.seed)
     for tokens in model.stream(
         idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
-        cfg.repetition_window, cfg.use_cache, generator,
+        cfg.repetition_window, cfg.use_cache, generator, known_ids=tokenizer.vocab_size,
     ):  # fmt: skip
         for row, token in enumerate(tokens[:, 0].tolist()):
             if ended[row]:
@@ -121,47 +158,55 @@ def grow(model, tokenizer, idx, cfg):
             return
 
 
-def print_growing(start, texts, stops):
+def print_growing(start, texts, stops, shown_as):
     """Print a text as it grows, holding back what may yet become a stop string or is half a character."""
-    print(start, end="", flush=True)
-    hold, shown = max((len(s) for s in stops), default=1) - 1, 0
+    print(shown_as(start), end="", flush=True)
+    hold, shown, text = max((len(s) for s in stops), default=1) - 1, 0, ""
     for (text,) in texts:
         end = max(shown, len(text.rstrip("\ufffd")) - hold)
-        print(text[shown:end], end="", flush=True)
+        print(shown_as(text[shown:end]), end="", flush=True)
         shown = end
-    print(text[shown:])
+    print(shown_as(text[shown:]))
+
+
+def prompt_ids(text, is_given, tokenizer, vocab_size):
+    """The prompt's token ids; what nobody typed is a newline where there is one, else some other token."""
+    ids = tokenizer.encode(text) if is_given else first_ids(tokenizer)
+    if not ids:
+        raise ConfigError("--start is empty: a model needs at least one token to go on from")
+    if max(ids) >= vocab_size:
+        raise ConfigError(f"--start has token id {max(ids)}, beyond the model's vocab_size={vocab_size}")
+    return ids
 
 
 def run(settings):
+    settings = settings.expanded("out_dir", "data_dir", "init_from", "checkpoint")
     cfg = settings.build(SampleConfig)
     device, _ = pick_device(cfg.device)
-    text = prompt(cfg.start)
+    text, is_given = prompt(cfg.start), "start" in settings.given
     model, tokenizer = load(cfg)
     model = model.to(device, pick_dtype(cfg.dtype, device, model)[0]).eval()
-    ids = tokenizer.encode(text)
-    if not ids:
-        raise ConfigError("--start is empty: a model needs at least one token to go on from")
-    if max(ids) >= model.config.vocab_size:
-        raise ConfigError(f"--start has token id {max(ids)}, beyond the model's vocab_size={model.config.vocab_size}")
+    ids = prompt_ids(text, is_given, tokenizer, model.config.vocab_size)
     if cfg.compile:
         model.compile()
+    start, shown_as = text if is_given else tokenizer.decode(ids), str if cfg.raw else visible
     idx = torch.tensor(ids, device=device).repeat(cfg.num_samples, 1)
     try:
         texts = grow(model, tokenizer, idx, cfg)
         if cfg.stream:
-            return print_growing(text, texts, cfg.stop)
+            return print_growing(start, texts, cfg.stop, shown_as)
         *_, last = texts
     except ValueError as e:
         raise ConfigError(str(e)) from e
     for grown in last:
-        print(text + grown)
+        print(shown_as(start + grown))
         print("---------------")
 
 
 def main(argv=None):
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sample.py | head` ends quietly
-    with configurator.one_line_errors("sample.py", DataError, CheckpointError):
+    with configurator.one_line_errors("sample.py", DataError, CheckpointError, OSError), told_when_out_of_memory():
         run(configurator.read(sys.argv[1:] if argv is None else argv, SampleConfig, doc=__doc__))
 
 

@@ -8,6 +8,11 @@ Each variant is built small, checked (probabilities sum to 1, causal, cached dec
 few steps on one repeated batch and made to write. One row each; exit status 1 if any failed.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported: no traceback
+
 import math
 import sys
 import time
@@ -355,9 +360,9 @@ def main():
         if unknown := [n for n in names if n not in VARIANTS]:
             raise configurator.ConfigError(f"--only={cfg.only}: no {unknown[0]!r}; there are {', '.join(VARIANTS)}")
         device, _ = pick_device(cfg.device)
-    print(f"{'variant':<24}{'params':>10}{'ms/step':>10}{'loss':>10}{'after':>10}  verdict")
-    passed = sum(check(name, cfg, device) for name in names)
-    print(f"{passed} passed, {len(names) - passed} failed")
+        print(f"{'variant':<24}{'params':>10}{'ms/step':>10}{'loss':>10}{'after':>10}  verdict")
+        passed = sum(check(name, cfg, device) for name in names)
+        print(f"{passed} passed, {len(names) - passed} failed")
     raise SystemExit(passed < len(names))
 
 

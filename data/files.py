@@ -38,11 +38,6 @@ def replace_file(path, data):
     os.replace(stage(path, data), path)
 
 
-def expand(path):
-    """`path` with ~ and environment variables replaced, as a shell would; str."""
-    return os.path.expandvars(os.path.expanduser(path))
-
-
 def is_file(path):
     """Whether a regular file is at `path`, through links; OSError for what is neither that nor nothing.
 

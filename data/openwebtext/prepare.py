@@ -7,12 +7,16 @@ the next one continues from there and ends with the same bytes as a run that was
 file instead.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import hashlib
 import json
 import multiprocessing
 import os
 import re
-import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -25,9 +29,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, from any working directory
 
 import configurator  # noqa: E402
+from configurator import expand  # noqa: E402
 from data import corpus  # noqa: E402
 from data.corpus import DataError  # noqa: E402
-from data.files import expand, is_file  # noqa: E402
+from data.files import is_file  # noqa: E402
 from data.reader import kind_of, local_documents  # noqa: E402
 
 HERE = Path(__file__).resolve().parent

@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
 import multiprocessing.connection
 import os

@@ -242,7 +242,7 @@ class Scripted:
     def eval(self):
         return self
 
-    def stream(self, idx, n, *rules):
+    def stream(self, idx, n, *rules, known_ids):
         for t in range(n):
             yield torch.tensor([[row[t]] for row in self.rows])
 
@@ -309,7 +309,7 @@ def test_nanogpts_checkpoint(text, refused, nanogpt, shakespeare):
     assert text(*words, f"--data_dir={data.parent}", out_dir=nanogpt) == text(*words)
     (data / "meta.json").unlink()
     (data / "meta.pkl").write_bytes(b"cos\nsystem\n(S'exit 3'\ntR.")
-    assert "meta.pkl is nanoGPT's" in refused(*words, f"--data_dir={data.parent}", out_dir=nanogpt)
+    assert "it asks for os.system" in refused(*words, f"--data_dir={data.parent}", out_dir=nanogpt)
 
 
 class Touch:

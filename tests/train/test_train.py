@@ -76,7 +76,7 @@ def test_resume_is_exact(number, shakespeare, straight, tmp_path):
     if number == signal.SIGKILL:
         again = [f"--out_dir={out}", "--init_from=auto"]
     else:
-        assert process.returncode == 0 and not stderr
+        assert process.returncode == 0 and stderr.strip() == "stopping after this step; again to quit now"
         assert stopped_at > 60 and f"stopped after {stopped_at} steps" in stdout
         again = [f"--out_dir={out}", "--init_from=resume"]
 
@@ -150,16 +150,6 @@ def test_resume_takes_optimizer_settings_that_are_given(shakespeare, tmp_path):
     decays, stays = load_checkpoint(tmp_path / "ckpt_last.pt")["optimizer"]["param_groups"]
     assert decays["weight_decay"] == 0.5 and stays["weight_decay"] == 0.0
     assert tuple(decays["betas"]) == tuple(stays["betas"]) == (0.8, 0.99)
-
-
-def test_a_new_run_moves_old_checkpoints_away(shakespeare, tmp_path):
-    assert run_here(*flags(shakespeare, tmp_path)) == 0
-    old = {name: (tmp_path / name).read_bytes() for name in ("ckpt.pt", "ckpt_last.pt")}
-    assert run_here(*flags(shakespeare, tmp_path, seed=1, max_iters=1)) == 0
-    for name, content in old.items():
-        assert (tmp_path / f"{name}.bak").read_bytes() == content
-    assert load_checkpoint(tmp_path / "ckpt_last.pt")["iter_num"] == 1
-    assert [x["iter"] for x in history(tmp_path)] == [0, 0, 1]  # two evaluations and a step, of the new run only
 
 
 def test_init_from_auto_starts_where_there_is_nothing(shakespeare, tmp_path):
