@@ -131,6 +131,8 @@ def checked(name, value, kinds, interval):
         names = [kind.__name__ + (f" in {interval}" if interval else "") for kind in kinds if kind is not type(None)]
         expected = " or ".join(names + ["None"] * (type(None) in kinds))
         raise ValueError(f"{name}={value!r}: expected {expected}") from None
+    if type(value) is int and abs(value) >= 2**63:
+        raise ValueError(f"{name}={value!r}: must be below 2^63, as PyTorch's integers are")
     if interval and not is_none and not inside(value, interval):
         raise ValueError(f"{name}={value!r}: must be in {interval}")
     return value

@@ -3833,10 +3833,11 @@ def check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_
         "top_k": top_k is None or top_k >= 1,
         "top_p": top_p is None or 0 < top_p <= 1,
         "min_p": min_p is None or 0 <= min_p <= 1,
-        "repetition_penalty": 0 < repetition_penalty < math.inf,
+        "repetition_penalty": 1e-6 <= repetition_penalty <= 1e6,  # nor with a temperature of 1e-6
         "repetition_window": repetition_window is None or repetition_window >= 0,
     }
     ranges = {"temperature": "0 or above 1e-6", "top_k": ">= 1", "top_p": "in (0, 1]", "min_p": "in [0, 1]"}
+    ranges |= {"repetition_penalty": "1e-6 to 1e6"}
     for name in (name for name, fine in good.items() if not fine):
         raise ValueError(f"{name} must be {ranges.get(name, 'positive')}")
 

@@ -584,7 +584,7 @@ class Trainer:
             states = checkpoint.get("rng", [])
             if self.world.rank < len(states):
                 set_rng_states(states[self.world.rank])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as e:
             raise CheckpointError(f"the checkpoint can write text but not be resumed: {type(e).__name__} {e}") from e
 
     def check_state(self, saved, step):

@@ -130,7 +130,7 @@ def load_checkpoint(path, map_location="cpu"):
     if not (named(parts.get("model"), torch.Tensor) and named(parts.get("model_args"), object)):
         raise CheckpointError(f"{path}: a PyTorch file, but no checkpoint of nanoChimera or nanoGPT")
     version = checkpoint.get("format", 0)  # nanoGPT's own has none
-    if version not in range(CHECKPOINT_FORMAT + 1):
+    if type(version) is not int or version not in range(CHECKPOINT_FORMAT + 1):
         raise CheckpointError(f"{path}: format {version}, but this version reads up to {CHECKPOINT_FORMAT}; update")
     # nanoGPT: torch.compile's prefix, and the causal mask that it keeps as a buffer without flash attention
     weights = {k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}

@@ -132,6 +132,9 @@ class Byte:
         return {}
 
 
+LONGEST = 4096  # characters per sentence: a line that repeats itself costs the square of its length
+
+
 class SentencePiece:
     """A unigram model, T5's special ids (pad 0, eos 1, unk 2), byte fallback, no normalisation: exact round trips."""
 
@@ -156,9 +159,10 @@ class SentencePiece:
         if vocab_size < 260:  # 3 special ids, the newline, 256 bytes
             raise DataError(f"--vocab_size={vocab_size}: a sentencepiece vocabulary has at least 260 ids")
         found = []
+        cuts = (line[i : i + LONGEST] for line in text.split("\n") for i in range(0, len(line), LONGEST))
         try:
             import_sentencepiece().SentencePieceTrainer.train(
-                sentence_iterator=iter([line for line in text.split("\n") if line]),
+                sentence_iterator=iter(list(cuts)),
                 model_writer=_Sink(found),
                 model_type="unigram",
                 vocab_size=vocab_size,
