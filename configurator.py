@@ -12,7 +12,12 @@ outside of the intervals that it names.
 
     python train.py config/a.py config/b.py --learning_rate=1e-3 --compile --no-bias --max_iters 500
 
-Config files are Python assignments, run in order; the command line wins over them.
+Config files are Python assignments, run in order; the command line wins over them. A file that says
+
+    base("config/train_shakespeare_char_cpu.py", init_from="auto")
+
+runs that file and those assignments first, but only if no config file came before it: so a preset trains by itself,
+and after a recipe it changes only what it is about.
 """
 
 import ast
@@ -131,7 +136,7 @@ def checked(name, value, kinds, interval):
         names = [kind.__name__ + (f" in {interval}" if interval else "") for kind in kinds if kind is not type(None)]
         expected = " or ".join(names + ["None"] * (type(None) in kinds))
         raise ValueError(f"{name}={value!r}: expected {expected}") from None
-    if type(value) is int and abs(value) >= 2**63:
+    if interval and type(value) is int and abs(value) >= 2**63:
         raise ValueError(f"{name}={value!r}: must be below 2^63, as PyTorch's integers are")
     if interval and not is_none and not inside(value, interval):
         raise ValueError(f"{name}={value!r}: must be in {interval}")
@@ -257,24 +262,49 @@ def line_of(error, file):
     return f", line {line}" if line else ""
 
 
-def run_file(path, keys, values):
-    """Run a config file. What it assigns at module level becomes `values`, except names that start with `_`.
+def locate(path):
+    """The config file that `path` names: from the working directory, beside this file, or one of ours by its last part.
+
+    So the commands of the systems that presets come from work here; what was taken is told on stderr.
+    """
+    path = Path(path)
+    if found := next((p for p in (path, ROOT / path) if os.path.isfile(p)), None):
+        return found
+    places = [ROOT / "config" / Path(*path.parts[-2:]), *(ROOT / "config" / d / path.name for d in ("", "presets"))]
+    found = next((p for p in places if os.path.isfile(p)), None)
+    if found is None:
+        raise ConfigError(f"{path}: no such config file")
+    print(f"{path}: taken for {found.relative_to(ROOT)}", file=sys.stderr)
+    return found
+
+
+def run_file(path, keys, values, is_first=False):
+    """{key: value} that a config file assigns at module level, after `values`; names that start with `_` are its own.
 
     The file sees every key's value so far, so `min_lr = learning_rate / 10` works. Relative paths are looked up in the
     working directory, then beside this file.
     """
-    file = next((p for p in (Path(path), ROOT / path) if os.path.isfile(p)), None)
-    if file is None:
-        raise ConfigError(f"{path}: no such config file")
+    file, found = locate(path), {}
     scope = {k: key.default for k, key in keys.items()} | values
+
+    def base(other, **more):
+        if is_first:
+            found.update(run_file(other, keys, {}, is_first=True))
+            found.update({k: find_key(keys, k, path).check(v, f"{path}: ") for k, v in more.items()})
+            scope.update(found)
+
+    scope["base"] = base
     try:
         tree = ast.parse(file.read_text(encoding="utf-8-sig"), str(file))
         exec(compile(tree, str(file), "exec"), scope)
+    except ConfigError:
+        raise
     except (Exception, SystemExit) as e:  # the file is a user's program: it may raise anything
         raise ConfigError(f"{path}{line_of(e, file)}: {type(e).__name__}: {e}") from e
     for name in dict.fromkeys(assigned(tree)):
         if name in scope and not name.startswith("_"):
-            values[name] = find_key(keys, name, path).check(scope[name], f"{path}: ")
+            found[name] = find_key(keys, name, path).check(scope[name], f"{path}: ")
+    return found
 
 
 @dataclass
@@ -354,20 +384,42 @@ def parse_words(argv, keys, aliases):
     return files, flags, show
 
 
+def add(given, flags, source, classes):
+    """Put `flags` over `given`, and drop, told on stderr, what does nothing since one of them turned its switch off."""
+    for name in idle_since(given, flags, classes):
+        print(f"{name}={given.pop(name)!r}: left out, {source} turns its switch off", file=sys.stderr)
+    given |= flags
+
+
+def idle_since(given, flags, classes):
+    """Those of the values `given` before that do nothing under `flags`, and did something without."""
+    found = []
+    for cls in (cls for cls in classes if flags and hasattr(cls, "idle")):
+        own = {f.name for f in fields(cls)}
+        before, now = ({k: v for k, v in values.items() if k in own} for values in (given, given | flags))
+        already = cls.idle(before)
+        while more := [name for name in cls.idle(now) if name in before and name not in [*already, *flags, *found]]:
+            found += more
+            now = {k: v for k, v in now.items() if k not in found}
+    return found
+
+
 def read(argv, *classes, doc="", aliases=None):
     """Settings from command-line words.
 
-    `aliases` maps a flag's name to a function of its value that returns {key: value}: names that other tools use.
-    `--help` and `--print_config` print and exit 0. Raises ConfigError for anything a user got wrong.
+    `aliases` maps a flag's name to a function of its value that returns {key: value}: names that other tools use, with
+    a docstring for `--help`. A switch that a later file or the command line turns off takes its own flags in earlier
+    files along, told on stderr, if a class can say so: `idle(values)` returns the flags among the given ones that do
+    nothing. `--help` and `--print_config` print and exit 0. Raises ConfigError for anything a user got wrong.
     """
     keys, given = keys_of(*classes), {}
     files, flags, show = parse_words(argv, keys, aliases or {})
     if show == "help":
-        print_help(keys, doc)
+        print_help(keys, doc, aliases or {})
         raise SystemExit(0)
-    for file in files:
-        run_file(file, keys, given)
-    given |= flags
+    for number, file in enumerate(files):
+        add(given, run_file(file, keys, given, is_first=number == 0), file, classes)
+    add(given, flags, "the command line", classes)
     values = {k: key.default for k, key in keys.items()} | given
     settings = Settings(keys, values, set(given), tuple(Path(file).stem for file in files))
     if show == "print_config":
@@ -382,7 +434,7 @@ def read(argv, *classes, doc="", aliases=None):
 # Printing.
 
 
-def print_help(keys, doc):
+def print_help(keys, doc, aliases):
     print(doc.strip())
     group = None
     for key in keys.values():
@@ -390,6 +442,10 @@ def print_help(keys, doc):
             group = key.group
             print(f"\n{group}:")
         print(f"  --{key.name}={key.default!r}  ({key.type_name})  {key.help}")
+    if aliases:
+        print("\nnames that other tools use:")
+    for name, function in aliases.items():
+        print(f"  --{name}  {function.__doc__}")
     print("\n--config FILE, --print_config (show the resolved configuration and stop), --help")
 
 

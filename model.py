@@ -21,6 +21,7 @@ References: nanoGPT (github.com/karpathy/nanoGPT); GPT-2 (Radford et al. 2019).
 """
 
 import math
+import warnings
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable
@@ -207,7 +208,7 @@ class GPTConfig:
     ste_sigmoid: bool = False  # the backward of sigmoid attention leaves out A (1 - A)
     ste_gelu: bool = False  # the backward leaves out gelu'
     ln_mode: Literal["bp", "ste", "center_scale", "projected"] = "bp"  # backward of norms; "projected" equals "bp"
-    fuse_attn_local: bool = False  # softmax and value mix as one function with a hand-written, local backward
+    fuse_attn_local: bool = False  # softmax and value mix as one function, its backward local; dropout on the mix
     mlp_topk: int = 0  # hidden units of an MLP that stay active, the largest by magnitude; 0 = all
     resid_topk: int = 0  # channels of the residual stream that survive a block, the largest by magnitude; 0 = all
     vq_codes: int = 0  # n > 0: after each block, the nearest of n frozen directions, magnitude kept; 0 = off
@@ -220,14 +221,28 @@ class GPTConfig:
 
     def __post_init__(self):
         check_values(self, RANGES)  # types, choices, ranges
+        self.use_ferope |= self.ferope_anchor_relative  # which is a form of it
+        if self.use_mfs_head and self.mfs_layers > self.n_layer:
+            warnings.warn(f"mfs_layers={self.mfs_layers}: all n_layer={self.n_layer} are read", stacklevel=3)
+            self.mfs_layers = self.n_layer
         if unknown := [name for name in self.mixers if name not in MIXERS]:
             raise ValueError(f"attn_mode, attn_pattern: no mixer {unknown[0]!r}; there are {', '.join(MIXERS)}")
-        for flags, switch, is_on in NEEDS:
-            for name in () if is_on(self) else self.changed(*flags.split()):
-                raise ValueError(f"{name}={getattr(self, name)} does nothing without {switch}: set that too")
+        for name, switch in self.without_switch():
+            raise ValueError(f"{name}={getattr(self, name)} does nothing without {switch}: set that too")
         for is_wrong, text in CONFLICTS:
             if is_wrong(self):
                 raise ValueError(text.format_map(vars(self) | {"head_dim": self.n_embd // self.n_head}))
+
+    def without_switch(self):
+        """Pairs of a flag that was changed and the switch without which it does nothing, which is off."""
+        return [(name, switch) for flags, switch, on in NEEDS if not on(self) for name in self.changed(*flags.split())]
+
+    @classmethod
+    def idle(cls, values):
+        """Those of {flag: value} that do nothing beside the others."""
+        config = object.__new__(cls)  # not checked: it may be about to be mended
+        vars(config).update({f.name: f.default for f in fields(cls)} | values)
+        return [] if set(config.mixers) - set(MIXERS) else [name for name, _ in config.without_switch()]
 
     def changed(self, *names):
         """Those of these flags that are not at their defaults."""
@@ -437,11 +452,11 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
      "sdr_size={sdr_size} must be a multiple of 64, sdr_active={sdr_active} below it"),
     (lambda c: c.n_eigenvectors >= c.spectral_landmarks,
      "n_eigenvectors={n_eigenvectors}: must be below spectral_landmarks={spectral_landmarks}"),
-    (lambda c: c.has_spectrum and not c.has("has_scores"),
-     "use_manifold: no layer has scores to add spectral coordinates to: set skip_manifold_spectral"),
+    (lambda c: c.has_spectrum and not (c.has("has_scores") or c.has("has_waves")),
+     "use_manifold: no layer has scores or waves for spectral coordinates: set skip_manifold_spectral"),
     # -- wiring, heads
-    (lambda c: c.use_mfs_head and (c.mfs_layers > c.n_layer or c.mfs_P > c.vocab_size),
-     "mfs_layers={mfs_layers} must be at most n_layer={n_layer}, mfs_P={mfs_P} at most vocab_size={vocab_size}"),
+    (lambda c: c.use_mfs_head and c.mfs_P > c.vocab_size,
+     "mfs_P={mfs_P} must be at most vocab_size={vocab_size}"),
     (lambda c: sum(getattr(c, f"use_{name}_head") for name in HEADS) > 1, "several flags use_NAME_head: keep one"),
     (lambda c: c.use_mla and c.mla_mode == "scalar" and c.n_layer < 2,
      'mla_mode="scalar" mixes layers: n_layer={n_layer} must be at least 2'),
@@ -468,8 +483,8 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
     (lambda c: c.fa_calibrate_every == 1, 'fa_calibrate_every=1 is backpropagation: write method="bp", or at least 2'),
     (lambda c: c.freeze_blocks > c.n_layer, "freeze_blocks={freeze_blocks}: must be 0 to n_layer={n_layer}"),
     # -- surrogates and limits, meta-updates
-    (lambda c: c.fuse_attn_local and (c.dropout or c.use_block_sparse or c.has_knots() or c.has("has_sigmoid")),
-     "fuse_attn_local is dense softmax: no dropout, no use_block_sparse, no knots, no sigmoid"),
+    (lambda c: c.fuse_attn_local and (c.use_block_sparse or c.has_knots() or c.has("has_sigmoid")),
+     "fuse_attn_local is dense softmax: no use_block_sparse, no knots, no sigmoid"),
     (lambda c: c.ste_sigmoid and c.has_knots(), "ste_sigmoid goes through a dense mask: leave out use_knot_attention"),
     (lambda c: c.mlp_topk >= 4 * c.n_embd or max(c.resid_topk, c.subspace_rank) >= c.n_embd,
      "mlp_topk={mlp_topk}, resid_topk={resid_topk}, subspace_rank={subspace_rank}: must be below the width, or they "
@@ -1516,7 +1531,7 @@ class CausalSelfAttention(nn.Module):
         if self.activation == "sigmoid":
             return sigmoid_attention(q, k, v, row_bias, self.mask(q_pos, q_pos), dropout=dropout, ste=self.ste)
         if self.is_local and not has_tangent(q):
-            return local_attention(q, k, v)
+            return F.dropout(local_attention(q, k, v), dropout)  # of the mix: its backward knows no dropped weights
         return causal_attention(q, k, v, dropout)
 
     def mask(self, q_pos, k_pos):
@@ -1601,30 +1616,37 @@ class SigmoidAttention(CausalSelfAttention):
 
 
 class BalancedChannelGroups(nn.Module):
-    """Channels in groups of balanced stimulus. Counts in forward; groups and gains move every 100 optimiser steps."""
+    """Channels in groups of balanced stimulus. Counts in forward; groups and gains move every 100 optimiser steps.
 
-    def __init__(self, features, groups):
+    With communities each counts as much as any other, however many of the tokens t belong to it: a channel's level is
+    1/K sum_k (sum_t p_tk |I_t| / sum_t p_tk), p_t the softmax of a token's K spectral coordinates.
+    """
+
+    def __init__(self, features, groups, communities=0):
         super().__init__()
         self.groups = groups
         self.register_buffer("level", torch.ones(features))  # running mean of |stimulus|
         self.register_buffer("group", torch.arange(features) % groups)
         self.register_buffer("gain", torch.ones(features))  # common level / the group's
-        self.register_buffer("counted", torch.zeros(features + 1))  # sums of |stimulus|, and how many
+        sizes = (communities, features + 1) if communities else (features + 1,)
+        self.register_buffer("counted", torch.zeros(sizes))  # sums of |stimulus|, and how many
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
-    def forward(self, stimulus):
-        """stimulus (B, T, C), each group at the common level."""
+    def forward(self, stimulus, spectrum=None):
+        """stimulus (B, T, C), each group at the common level; spectrum (B, T, K) where there are communities."""
         if self.training:
             with torch.no_grad():
-                size = stimulus.detach().float().abs().flatten(0, 1)
-                self.counted += torch.cat((size.sum(0), size.new_tensor([float(len(size))])))
+                size = F.pad(stimulus.detach().float().abs().flatten(0, 1), (0, 1), value=1.0)  # a 1 counts the token
+                share = None if spectrum is None else spectrum.detach().float().flatten(0, 1).softmax(-1)
+                self.counted += size.sum(0) if share is None else share.mT @ size
         return stimulus * self.gain
 
     @torch.no_grad()
     def before_step(self):
         """Take in what all processes counted since the last optimiser step."""
         all_reduce(self.counted)
-        level = self.counted[:-1] / self.counted[-1].clamp(min=1)
+        counts = self.counted.view(-1, self.counted.size(-1))
+        level = (counts[:, :-1] / counts[:, -1:].clamp(min=1e-6)).mean(0)
         self.level.copy_(level if self.step == 0 else torch.lerp(self.level, level, 0.01))
         self.counted.zero_()
         if self.step % 100 == 0:
@@ -1639,11 +1661,16 @@ SpectralPartitioner = BalancedChannelGroups  # as the system that it comes from 
 
 
 class FHNMedium(nn.Module):
-    """C excitable lines: a stimulus and what sets its conductance in, the deviation from rest out, all (B, T, C)."""
+    """C excitable lines: a stimulus and what sets its conductance in, the deviation from rest out, all (B, T, C).
 
-    def __init__(self, config):
+    With spectral coordinates s_t (B, T, K), u_t = U s_t joins the gate: g_t = sigmoid(... + u_t u_{t-1}), so that
+    neighbouring tokens of one community let more of a wave through. They balance the partitioner too.
+    """
+
+    def __init__(self, config, takes_spectrum=False):
         super().__init__()
-        C = config.n_embd
+        C, K = config.n_embd, config.n_eigenvectors if takes_spectrum and config.has_spectrum else 0
+        self.spectral = nn.Linear(K, C, bias=False) if K else None
         self.dt, self.steps, self.is_imex = config.fhn_dt, config.fhn_steps, config.use_fhn_imex
         self.is_linear = config.fhn_dynamics == "linear"
         self.gate_scale = nn.Parameter(torch.ones(C))
@@ -1655,20 +1682,26 @@ class FHNMedium(nn.Module):
             self.a = nn.Parameter(torch.full((C,), FHN["a"]))
             self.log_b = nn.Parameter(torch.full((C,), math.log(FHN["b"])))
             self.log_eps = nn.Parameter(torch.full((C,), math.log(FHN["eps"])))
-        self.partitioner = BalancedChannelGroups(C, config.fhn_partitions) if config.use_fhn_partitioning else None
+        self.partitioner = BalancedChannelGroups(C, config.fhn_partitions, K) if config.use_fhn_partitioning else None
 
-    def forward(self, stimulus, q, k, state=None):
+    def forward(self, stimulus, q, k, state=None, spectrum=None):
         store = store_of(state, self)
-        before = store.get("k", k.new_zeros(k.size(0), 1, k.size(2)))
-        k_before = torch.cat((before, k[:, :-1]), 1)
-        gate = torch.sigmoid(torch.addcmul(k + self.gate_bias, q * self.gate_scale, k_before))
+        logits = torch.addcmul(k + self.gate_bias, q * self.gate_scale, self.shifted(k, store, "k"))
+        if self.spectral is not None:
+            u = self.spectral(spectrum.to(k.dtype))
+            logits = torch.addcmul(logits, u, self.shifted(u, store, "u"))
         stimulus = self.amplitude * stimulus
         if self.partitioner is not None:
-            stimulus = self.partitioner(stimulus)
-        y, field = self.propagate(stimulus, gate, store.get("field"))
-        if state is not None:
-            store["k"], store["field"] = k[:, -1:].clone(), field
+            stimulus = self.partitioner(stimulus, None if self.spectral is None else spectrum)
+        y, store["field"] = self.propagate(stimulus, torch.sigmoid(logits), store.get("field"))
         return y
+
+    @staticmethod
+    def shifted(x, store, name):
+        """x (B, T, C) one token later; `store` keeps the last one under `name`, zeros stand before the first."""
+        before = store.get(name, x.new_zeros(x.size(0), 1, x.size(2)))
+        store[name] = x[:, -1:].clone()
+        return torch.cat((before, x[:, :-1]), 1)
 
     def propagate(self, stimulus, gate, field):
         """(deviation (B, T, C), field: the state of the last token that the next one needs)."""
@@ -1709,7 +1742,7 @@ class FHNAttention(nn.Module):
         self.parts = {"c_attn": (config.n_embd,) * 3}
         self.conv = short_conv(config, "b", 3 * config.n_embd)
         self.value_embedding = value_embedding(config, layer, config.n_head, config.n_embd)
-        self.medium = FHNMedium(config)
+        self.medium = FHNMedium(config, takes_spectrum=True)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -1717,7 +1750,7 @@ class FHNAttention(nn.Module):
         q, k, v = through(self.conv, self.c_attn(x), run.state).chunk(3, dim=-1)  # (B, T, C)
         if self.value_embedding is not None:
             v = self.value_embedding(v, x, run.idx)
-        return self.resid_dropout(self.c_proj(self.medium(v, q, k, run.state) * F.silu(q)))
+        return self.resid_dropout(self.c_proj(self.medium(v, q, k, run.state, run.spectrum) * F.silu(q)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3231,10 +3264,13 @@ def own_projections(weights, model):
     """A state dict as `model` has it: c_attn in parts and c_proj as o_proj where it has those, and its own feedback.
 
     Feedback is the model's if there is none among the weights, as in those of a model trained by backpropagation.
+    Waves beside attention that were trained before they had spectral coordinates go on without: U = 0.
     """
     own = model.state_dict()
+    late = {name: torch.zeros_like(t) for name, t in own.items() if name.endswith("medium.spectral.weight")}
     has_feedback = any(name.endswith(".feedback") for name in weights)
     split = {} if has_feedback else {name: t for name, t in own.items() if name.endswith(".feedback")}
+    split = late | split
     for name, w in weights.items():
         stem, _, kind = name.rpartition(".")
         if f"{stem.rpartition('.')[0]}.q_proj.{kind}" not in own:

@@ -1,9 +1,11 @@
 """
 Write text with a trained model.
 
-    python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --max_new_tokens=300
+    python sample.py --out_dir=out-shakespeare-char --start="ROMEO:\\n" --max_new_tokens=300
     python sample.py --init_from=gpt2 --start="The answer is" --temperature=0 --stream
-    cat prompt.txt | python sample.py --start=- --stop="\n\n"
+    cat prompt.txt | python sample.py --start=- --stop="\\n\\n"
+
+In --start and --stop, \\n is a newline, \\t a tab and \\\\ a backslash, since a shell passes them as they are.
 """
 
 import signal
@@ -11,6 +13,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported: no traceback
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +119,7 @@ def load(cfg):
 def prompt(start):
     """The text that --start stands for."""
     if start != "-" and not start.startswith("FILE:"):
-        return start
+        return unescape(start)
     try:
         if start != "-" and not is_file(expand(start[5:])):
             raise FileNotFoundError("there is no such file")
@@ -124,6 +127,11 @@ def prompt(start):
         return decode_text(data, f"--start={start}:")  # as the corpora are read
     except OSError as e:
         raise ConfigError(f"--start={start}: cannot be read ({e})") from e
+
+
+def unescape(text):
+    """`text` with \\n, \\t and \\\\ replaced by newline, tab and backslash."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
 
 
 def cut(text, stops):
@@ -182,6 +190,7 @@ def prompt_ids(text, is_given, tokenizer, vocab_size):
 def run(settings):
     settings = settings.expanded("out_dir", "data_dir", "init_from", "checkpoint")
     cfg = settings.build(SampleConfig)
+    cfg.stop = tuple(map(unescape, cfg.stop))
     device, _ = pick_device(cfg.device)
     text, is_given = prompt(cfg.start), "start" in settings.given
     model, tokenizer = load(cfg)

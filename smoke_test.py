@@ -91,6 +91,15 @@ VARIANTS = {
     "fhn_explicit": {"attn_mode": "fhn", "use_fhn_imex": False},
     "fhn_linear": {"attn_mode": "fhn", "fhn_dynamics": "linear"},
     "fhn_partitioned": {"attn_mode": "fhn", "use_fhn_partitioning": True, "fhn_partitions": 3},
+    "fhn_spectral": {
+        "attn_mode": "fhn",
+        "use_fhn_partitioning": True,
+        "fhn_partitions": 3,
+        "use_manifold": True,
+        "manifold_dim": 4,
+        "n_eigenvectors": 3,
+        "spectral_landmarks": 8,
+    },
     "kaufmann": {"use_kaufmann_attention": True, **KNOTS},
     "kaufmann_pattern": {
         "attn_pattern": "kaufmann,fhn",

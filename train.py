@@ -398,7 +398,8 @@ def check_against_weights(settings, model_args, source):
     """ConfigError if a model flag is given that differs from the weights' own; dropout may differ."""
     for name in settings.given & model_args.keys() - {"dropout"}:
         if settings.values[name] != model_args[name]:
-            raise ConfigError(f"--{name}={settings.values[name]}: {source} has {name}={model_args[name]}; leave it out")
+            told = f"--{name}={settings.values[name]}: {source} has {name}={model_args[name]}"
+            raise ConfigError(f"{told}; leave it out, or start a new run in another --out_dir")
 
 
 def check_memory(settings, vocab_size):
@@ -1084,15 +1085,24 @@ def loop(trainer, log, tokenizer, stop):
             return save_stopped(trainer, log)
 
 
+PRECISIONS = {
+    "bf16-mixed": "bfloat16",
+    "fp16-mixed": "float16",
+    "16-mixed": "float16",
+    "fp32": "float32",
+    "32": "float32",
+}
+
+
 def precision(text):
-    """Lightning's names for the number formats."""
-    names = {"bf16-mixed": "bfloat16", "fp16-mixed": "float16", "fp32": "float32"}
-    if text not in names:
-        raise ConfigError(f"--precision={text}: expected bf16-mixed, fp16-mixed or fp32")
-    return {"dtype": names[text]}
+    """Lightning's names for --dtype: bf16-mixed, fp16-mixed or 16-mixed, fp32 or 32"""
+    if text not in PRECISIONS:
+        raise ConfigError(f"--precision={text}: expected {', '.join(PRECISIONS)}")
+    return {"dtype": PRECISIONS[text]}
 
 
 def devices(text):
+    """1; for more, torchrun --standalone --nproc_per_node=N train.py ..."""
     if text == "1":
         return {}
     raise ConfigError(f"--devices={text}: use torchrun --standalone --nproc_per_node={text} train.py ...")

@@ -2,6 +2,7 @@
 # lowest loss of what was tried. A gated scan, then two layers of attention with RoPE; oscillators of three times the
 # published frequency in place of GELU; three layers of 148 for four of 128.
 # python train.py config/train_shakespeare_char_cpu.py config/presets/chimera.py
+base("config/train_shakespeare_char_cpu.py", sample_interval=500, init_from="auto")  # what it trains on by itself
 out_dir = "out-chimera"
 n_layer, n_head, n_embd = 3, 2, 148
 attn_pattern = "fhn,softmax,softmax"

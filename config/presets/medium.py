@@ -1,13 +1,14 @@
-out_dir = "out-medium"
-n_layer, n_head, n_embd = 24, 16, 1024
-block_size = 1024
-pos_embedding = "none"
-use_ferope = True
-use_block_sparse = True
-anchor_min_gap, anchor_jitter = 256, 32
-use_sdr = True
-sdr_size = 4096
+# The NeuroManifold system in GPT-2 medium's shape; the rest as small.py. Plain twin: medium_baseline.
+# python data/openwebtext/prepare.py
+# torchrun --standalone --nproc_per_node=8 train.py config/presets/medium.py
+base("config/train_gpt2.py", sample_interval=500, init_from="auto", batch_size=6, gradient_accumulation_steps=80)
+out_dir = "out-neuromanifold-medium"
+n_layer, n_head, n_embd, block_size = 24, 16, 1024, 1024
+pos_embedding = "ramanujan"
 use_manifold = True
-manifold_dim = 256
-n_eigenvectors = 128
-spectral_landmarks = 256
+manifold_dim = 128
+n_eigenvectors, spectral_landmarks = 64, 128
+attn_mode = "fhn"
+use_fhn_partitioning = True
+use_kan = True
+use_mhc = True

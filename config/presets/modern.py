@@ -1,5 +1,6 @@
 # A plain modern block, with no idea in it: what ideas are judged on besides nanoGPT's own (rung M1).
 # python train.py config/train_shakespeare_char_cpu.py config/presets/modern.py
+base("config/train_shakespeare_char_cpu.py", sample_interval=500, init_from="auto")  # what it trains on by itself
 out_dir = "out-modern"
 norm = "rms"
 qk_norm = True

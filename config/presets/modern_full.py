@@ -1,5 +1,6 @@
 # The plain modern block with what nanochat and others add to it, trained by Muon (rung M3).
 # python train.py config/train_shakespeare_char_cpu.py config/presets/modern_full.py
+base("config/train_shakespeare_char_cpu.py", sample_interval=500, init_from="auto")  # what it trains on by itself
 out_dir = "out-modern-full"
 norm = "rms"
 qk_norm = True

@@ -1,5 +1,6 @@
 # The plain modern block, trained by Muon: no idea in it (rung M2).
 # python train.py config/train_shakespeare_char_cpu.py config/presets/modern_muon.py
+base("config/train_shakespeare_char_cpu.py", sample_interval=500, init_from="auto")  # what it trains on by itself
 out_dir = "out-modern-muon"
 norm = "rms"
 qk_norm = True

@@ -1,12 +1,16 @@
-out_dir = "out-shakespeare-char-chimera"
-n_layer, n_head, n_embd = 6, 6, 384
-block_size = 256
-pos_embedding = "none"
-use_ferope = True
-use_block_sparse = True
-anchor_min_gap, anchor_jitter = 64, 32
+# The NeuroManifold system for the characters of Shakespeare; what its parts are: nano.py. Plain twin:
+# shakespeare_char_baseline.
+# python train.py config/presets/shakespeare_char.py
+base("config/train_shakespeare_char.py", sample_interval=500, init_from="auto")
+out_dir = "out-neuromanifold-shakespeare-char"
+n_layer, n_head, n_embd, block_size = 6, 6, 384, 256
 use_sdr = True
 sdr_size = 1024
+pos_embedding = "ramanujan"
 use_manifold = True
 manifold_dim = 64
-n_eigenvectors = 32
+n_eigenvectors, spectral_landmarks = 64, 128
+attn_mode = "fhn"
+use_fhn_partitioning = True
+use_kan = True
+use_mhc = True

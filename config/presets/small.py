@@ -1,13 +1,14 @@
-out_dir = "out-small"
-n_layer, n_head, n_embd = 12, 12, 768
-block_size = 1024
-pos_embedding = "none"
-use_ferope = True
-use_block_sparse = True
-anchor_min_gap, anchor_jitter = 256, 32
-use_sdr = True
-sdr_size = 2048
+# The NeuroManifold system in GPT-2 small's shape, words as plain embeddings (--use_sdr: as sparse codes of 2048 bits);
+# what its parts are: nano.py. Plain twin: small_baseline. python data/openwebtext/prepare.py
+# torchrun --standalone --nproc_per_node=8 train.py config/presets/small.py
+base("config/train_gpt2.py", sample_interval=500, init_from="auto")
+out_dir = "out-neuromanifold-small"
+n_layer, n_head, n_embd, block_size = 12, 12, 768, 1024
+pos_embedding = "ramanujan"
 use_manifold = True
 manifold_dim = 128
-n_eigenvectors = 64
-spectral_landmarks = 128
+n_eigenvectors, spectral_landmarks = 64, 128
+attn_mode = "fhn"
+use_fhn_partitioning = True
+use_kan = True
+use_mhc = True

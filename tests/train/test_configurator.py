@@ -13,8 +13,11 @@ import torch
 from hypothesis import example, given, strategies as st
 
 import configurator
+import train
 from configurator import ConfigError, check_values, inside, one_line_errors, read
 from helpers import PATIENCE, ROOT
+from model import GPTConfig
+from train import TrainConfig
 
 
 @dataclass
@@ -455,7 +458,7 @@ class Checked:
         ("steps", np.array(3), 3),
         ("steps", torch.tensor(3), 3),
         ("steps", 2.0, 2),
-        ("steps", 10**30, 10**30),
+        ("steps", 2**62, 2**62),
         ("limit", None, None),
         ("limit", np.uint8(4), 4),
         ("rate", 1, 1.0),
@@ -594,3 +597,69 @@ def test_a_script_that_is_right(script):
 def test_one_line_errors_lets_other_errors_through():
     with pytest.raises(KeyError), one_line_errors("x", OSError):
         raise KeyError("a bug is not a user's mistake")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A preset alone, after a recipe, by another's path; switches turned off over it.
+
+
+def resolved(*words):
+    return configurator.read([str(w) for w in words], TrainConfig, GPTConfig)
+
+
+def test_base_holds_only_for_a_file_that_comes_first(tmp_path):
+    (tmp_path / "recipe.py").write_text("batch_size, learning_rate = 3, 0.5\n")
+    (tmp_path / "preset.py").write_text(
+        f"base({str(tmp_path / 'recipe.py')!r}, init_from='auto', batch_size=4)\n"
+        "min_lr = learning_rate / 10\nn_layer = 2\n"
+    )
+    (tmp_path / "other.py").write_text("learning_rate = 0.25\n")
+    alone = resolved(tmp_path / "preset.py")
+    names = ("batch_size", "learning_rate", "min_lr", "init_from", "n_layer")
+    assert [alone.values[n] for n in names] == [4, 0.5, 0.05, "auto", 2] and alone.given == set(names)
+    after = resolved(tmp_path / "other.py", tmp_path / "preset.py")
+    assert [after.values[n] for n in names] == [12, 0.25, 0.025, "scratch", 2]
+    assert after.given == {"learning_rate", "min_lr", "n_layer"}
+    (tmp_path / "preset.py").write_text("base('no_such.py')")
+    with pytest.raises(ConfigError, match="no_such"):
+        resolved(tmp_path / "preset.py")
+    (tmp_path / "preset.py").write_text("base('config/train_gpt2.py', batch=4)")
+    with pytest.raises(ConfigError, match="unknown key 'batch'"):
+        resolved(tmp_path / "preset.py")
+
+
+@pytest.mark.parametrize("path", ["neuromanifold_gpt/config/presets/nano.py", "/elsewhere/nano.py", "config/nano.py"])
+def test_the_originals_paths_are_found_by_their_last_part(path, capsys):
+    assert resolved("--config", path).values == resolved("config/presets/nano.py").values
+    assert capsys.readouterr().err == f"{path}: taken for config/presets/nano.py\n"
+    with pytest.raises(ConfigError, match=r"no_such\.py: no such config file"):
+        resolved("neuromanifold_gpt/config/presets/no_such.py")
+
+
+def test_a_switch_turned_off_takes_its_flags_along(tmp_path, capsys):
+    (tmp_path / "a.py").write_text("use_mfs_head, mfs_K, use_sdr, sdr_size, sdr_rule = True, 5, True, 1024, 'delta'\n")
+    (tmp_path / "b.py").write_text("use_sdr = False\n")
+    settings = resolved(tmp_path / "a.py", tmp_path / "b.py", "--no-use_mfs_head")
+    settings.build(GPTConfig)
+    assert settings.given == {"use_mfs_head", "use_sdr"}
+    told = capsys.readouterr().err
+    assert told.count("\n") == 3 and "mfs_K=5: left out, the command line turns its switch off" in told
+    assert f"sdr_size=1024: left out, {tmp_path / 'b.py'} turns" in told
+    with pytest.raises(ConfigError, match="mfs_K"):  # what the command line itself says is not dropped
+        resolved(tmp_path / "a.py", "--no-use_mfs_head", "--mfs_K=7").build(GPTConfig)
+    (tmp_path / "c.py").write_text("sdr_size = 1024\n")  # idle from the start, in a file of its own
+    with pytest.raises(ConfigError, match="sdr_size"):
+        resolved(tmp_path / "c.py", "--n_layer=2").build(GPTConfig)
+
+
+def test_other_tools_names_are_in_the_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--help"])
+    told = capsys.readouterr().out
+    assert "--precision" in told and "bf16-mixed" in told and "--devices" in told
+
+
+def test_anchored_phases_are_fe_rope_and_facets_read_what_layers_there_are():
+    assert GPTConfig(ferope_anchor_relative=True, pos_embedding="none").use_ferope
+    with pytest.warns(UserWarning, match="mfs_layers=3: all n_layer=2 are read"):
+        assert GPTConfig(n_layer=2, use_mfs_head=True).mfs_layers == 2

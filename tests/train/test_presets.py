@@ -10,7 +10,7 @@ import torch
 import configurator
 import model as model_module
 from data.dataset import TokenDataset
-from helpers import ROOT
+from helpers import ROOT, history, run_here
 from model import GPT, Cells, GPTConfig, SpectralDecomposition
 from train import TrainConfig, Trainer, World, build_model
 
@@ -18,12 +18,16 @@ pytestmark = pytest.mark.slow
 
 RECIPE = "config/train_shakespeare_char_cpu.py"
 SIZES = {  # parameters, with 65 characters and with GPT-2's vocabulary
-    "nano": (1_092_002, 52_536_738),
-    "shakespeare_char": (11_875_266, 63_320_002),
-    "small": (90_026_370, 192_915_842),
-    "medium": (314_838_274, 520_617_218),
+    "nano": (1_435_913, 104_325_385),
+    "shakespeare_char": (12_425_749, 63_870_485),
+    "small": (87_761_208, 126_344_760),
+    "medium": (309_107_840, 360_552_576),
+    "cortex": (15_736_710, 35_028_486),
+    "localgpt": (10_646_784, 29_938_560),
+    "wigglegpt_8gb": (63_766_288, 83_058_064),
+    "wigglegpt_v2_8gb": (26_017_536, 45_309_312),
 }
-LARGE = ("small", "medium")  # are built on the meta device and never trained here
+LARGE = ("small", "medium", "small_baseline", "medium_baseline")  # never trained here in their own size
 PRESETS = {path.stem: path for path in sorted((ROOT / "config/presets").glob("*.py"))}
 SMALL = [path for name, path in PRESETS.items() if name not in LARGE]
 CONFIGS = SMALL + sorted((ROOT / "config/ablation").glob("*.py"))
@@ -47,6 +51,35 @@ def test_trains_for_five_steps(config, shakespeare):
     assert all(map(math.isfinite, losses)) and math.isfinite(trainer.evaluate()["val_loss"])
     assert trainer.iter_num == 5
     assert any(not torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_trains_from_its_own_file_alone(name, shakespeare, tmp_path, capsys):
+    """20 steps, with nothing before the preset but where the data lie; the large ones in a smaller shape."""
+    words = [PRESETS[name], f"--data_dir={shakespeare.parent}", "--dataset=shakespeare_char", f"--out_dir={tmp_path}"]
+    words += ["--max_iters=20", "--batch_size=2", "--gradient_accumulation_steps=1", "--eval_iters=1", "--device=cpu"]
+    words += ["--eval_interval=20", "--dtype=float32", "--compile=False", "--eval_full=False", "--warmup_iters=1"]
+    given = configurator.read([str(PRESETS[name])], TrainConfig, GPTConfig)
+    assert given.values["init_from"] == "auto" and given.values["sample_interval"] and given.values["out_dir"] != "out"
+    if given.values["n_embd"] > 128 or given.values["block_size"] > 64:
+        words += ["--n_layer=3", "--n_head=2", "--n_embd=32", "--block_size=64"]
+    words += (
+        ["--sample_interval=20", "--curriculum_iters=14"] if given.values["curriculum"] else ["--sample_interval=10"]
+    )
+    words += ["--lr_decay_iters=none", "--min_lr=none"]
+    assert run_here(*words) == 0, capsys.readouterr().err
+    losses = [x["val_loss"] for x in history(tmp_path) if "val_loss" in x]
+    assert math.isfinite(losses[-1]) and len(losses) == 2
+    assert run_here(*words) == 0 and "nothing to do: 20 of max_iters=20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("without", ["no_sdr", "swiglu_for_kan", "softmax_for_fhn"])
+def test_the_systems_ablations_by_name(without):
+    words = [str(PRESETS["shakespeare_char"]), str(ROOT / f"config/ablation/{without}.py")]
+    config = configurator.read(words, TrainConfig, GPTConfig).build(GPTConfig)
+    assert not {"no_sdr": config.use_sdr, "swiglu_for_kan": config.use_kan, "softmax_for_fhn": config.has("has_waves")}[
+        without
+    ]
 
 
 def build_on_meta(name, monkeypatch, **overrides):

@@ -413,3 +413,10 @@ def test_mistake_in_a_process_of_its_own(cli, tmp_path):
     done = cli("sample.py", f"--out_dir={tmp_path}", "--device=cpu")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("sample.py: error: ")
+
+
+def test_escapes_in_prompts_and_stops(text):
+    """A shell passes backslash and n: here they are a newline."""
+    assert sample.unescape(r"a\nb\tc\\n\x") == "a\nb\tc\\n\\x"
+    assert text(r"--start=HAMLET:\n", "--max_new_tokens=5").startswith("HAMLET:\n")
+    assert text("--start=HAMLET: ", "--max_new_tokens=200", r"--stop=\n").count("\n") <= 1

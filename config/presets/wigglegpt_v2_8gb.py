@@ -1,0 +1,11 @@
+# WiggleGPT's second version, without dendrites: oscillators and sparse events alone, 45.70M parameters. Plain twin:
+# wigglegpt_8gb_baseline. python data/openwebtext/prepare.py
+# python train.py config/presets/wigglegpt_v2_8gb.py
+base(
+    "config/train_gpt2.py", sample_interval=500, init_from="auto", batch_size=2, gradient_accumulation_steps=16,
+    max_iters=200_000, dtype="float16", compile=False,
+)  # fmt: skip
+out_dir = "out-wigglegpt-v2-8gb"
+n_layer, n_head, n_embd, block_size = 4, 6, 384, 1024
+use_bio_mlp = True
+bio_threshold = 0.25
