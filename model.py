@@ -21,6 +21,7 @@ References: nanoGPT (github.com/karpathy/nanoGPT); GPT-2 (Radford et al. 2019).
 """
 
 import math
+import re
 import warnings
 import zlib
 from bisect import bisect_right
@@ -130,6 +131,7 @@ class GPTConfig:
     use_region_feedback: bool = False  # after attention, add a gated projection of the mean of nearby regions' past
     region_rings: int = 1  # regions at most this far apart are neighbours
     feedback_hops: int = 1  # steps over the graph of neighbours
+    region_feedback_edges: str = ""  # also between chosen regions of the block: "0>3,1>3" = region 3 reads 0 and 1
     region_slate_include_prior: bool = True  # the regions' context summary holds a moving average of hidden states
     region_prior_decay: float = 0.9  # decay per token of that average
     region_slate_include_error: bool = False  # and how badly the auto-encoder predicted the token
@@ -376,7 +378,7 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("anchor_jitter share_region_router", "cells (use_block_sparse, for example)", lambda c: c.has_anchors),
     ("region_size", "region_edges, use_region_feedback, use_mfs_head or add_l4_losses",
      lambda c: c.region_edges or c.use_region_feedback or c.has_region_slate),
-    ("region_rings feedback_hops", "use_region_feedback", lambda c: c.use_region_feedback),
+    ("region_rings feedback_hops region_feedback_edges", "use_region_feedback", lambda c: c.use_region_feedback),
     # -- knots, waves
     ("use_knot_attention", "a softmax or sigmoid layer (kaufmann has knots anyway)", lambda c: c.has("takes_knots")),
     ("knot_block knot_vertices knot_threshold knot_k knot_learned_threshold", "knots", lambda c: c.has_knots()),
@@ -439,6 +441,8 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
     (lambda c: 2 * c.ferope_m > c.n_embd // c.n_head or (c.rotates and c.n_embd // c.n_head < 2),
      "ferope_m={ferope_m}: 2 ferope_m must fit into the head's {head_dim} dimensions"),
     (lambda c: c.use_region_feedback and not c.region_size, "use_region_feedback needs regions: set region_size"),
+    (lambda c: any(a >= b for a, b in pairs_of(c.region_feedback_edges)),
+     "region_feedback_edges={region_feedback_edges}: write FROM>TO with commas, FROM smaller: regions read the past"),
     (lambda c: c.region_edges and not (c.region_size and c.use_block_sparse),
      "region_edges={region_edges} needs region_size and use_block_sparse: set both"),
     (lambda c: c.use_knot_attention and c.has("has_sigmoid") and c.sigmoid_bias_mode == "neg_log_i",
@@ -845,6 +849,10 @@ class GPT(nn.Module):
         own = sum(m.flops_per_token(T) for m in self.having("flops_per_token"))
         return 3 * (linear + own)
 
+    def estimate_mfu(self, sequences, seconds, peak_flops=312e12):
+        """Share of a GPU's peak FLOP/s (an A100's) that training on so many whole sequences in so long used."""
+        return sequences * self.config.block_size * self.flops_per_token() / seconds / peak_flops
+
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=None):
         """AdamW, fused where PyTorch has it; Muon where `muon` is given, the rates of `muon_groups`."""
         fused = device_type in ("cpu", "cuda", "mps")
@@ -1130,16 +1138,26 @@ def region_relation(C, rings, region_size=0, edges=0):
     return allowed
 
 
-def feedback_weights(starts, region_size, rings, hops):
+def pairs_of(edges):
+    """[(0, 3), (1, 2)] of "0>3,1>2"; [(0, 0)], which is none, for what is not written so."""
+    if not re.fullmatch(r"(\d+>\d+(,\d+>\d+)*)?", edges):
+        return [(0, 0)]
+    return [tuple(map(int, pair.split(">"))) for pair in edges.split(",") if pair]
+
+
+def feedback_weights(starts, region_size, rings, hops, edges=()):
     """Weights of the earlier cells in each cell's feedback: (C, C), strictly lower triangular, rows sum to 1 or 0.
 
     Seen from cell c, a region's value is the mean over the tokens of its complete cells, those before c; one hop
     replaces it by the mean of the values, where there are any, of the regions at most `rings` away and not after c's.
+    `edges` (a, b): a cell of region b takes the mean of that and of region a's. ValueError beyond the last region.
     """
     length = torch.tensor(starts, device="cpu").diff().double()
     C = len(length)
     region = torch.arange(C, device="cpu") // region_size
     weights = torch.zeros(C, C, dtype=torch.float64, device="cpu")
+    if beyond := [f"{a}>{b}" for a, b in edges if b > int(region[-1])]:
+        raise ValueError(f"region_feedback_edges: {beyond[0]}, but the block has {int(region[-1]) + 1} regions")
     for c in range(1, C):
         near = max(0, int(region[c]) - rings * hops)  # no hop reaches further back
         member = (region[:c] == torch.arange(near, int(region[c]) + 1, device="cpu")[:, None]) * length[:c]  # (R, c)
@@ -1150,7 +1168,12 @@ def feedback_weights(starts, region_size, rings, hops):
         for _ in range(hops):
             near = neighbour @ has  # regions with a value among the neighbours
             value, has = neighbour @ value / near.clamp(min=1), (near > 0).double()
-        weights[c, :c] = value[-1] / length[:c]  # applied to the sum over a cell's tokens
+        values = [value[-1]] if has[-1] else []
+        for a in (a for a, b in edges if b == int(region[c])):
+            chosen = (region[:c] == a) * length[:c]
+            values.append(chosen / chosen.sum())
+        if values:
+            weights[c, :c] = sum(values) / len(values) / length[:c]  # applied to the sum over a cell's tokens
     return weights.float()
 
 
@@ -1167,9 +1190,9 @@ class Cells(nn.Module):
         rings = config.neighbor_rings if config.use_block_sparse else 1
         rings = max(1, rings) if config.has_knots(layer) else rings  # knots are tied by the strand of the cell before
         self.relation = (rings, config.region_size, config.region_edges)
-        self.graph = (
-            (config.region_size, config.region_rings, config.feedback_hops) if config.use_region_feedback else None
-        )
+        edges = pairs_of(config.region_feedback_edges)
+        graph = (config.region_size, config.region_rings, config.feedback_hops, edges)
+        self.graph = graph if config.use_region_feedback else None
         if config.has_anchors:
             seed = config.anchor_seed + (0 if config.share_region_router else layer)
             draw = torch.Generator("cpu").manual_seed(seed)

@@ -71,6 +71,12 @@ VARIANTS = {
     "block_sparse_0_rings": {"use_block_sparse": True, "neighbor_rings": 0, "share_region_router": False, **CELLS},
     "region_edges": {"use_block_sparse": True, "region_size": 2, "region_edges": 2, "neighbor_rings": 0, **CELLS},
     "region_feedback": {"use_region_feedback": True, "region_size": 1, "region_rings": 2, "feedback_hops": 2, **CELLS},
+    "region_feedback_edges": {
+        "use_region_feedback": True,
+        "region_size": 1,
+        "region_feedback_edges": "0>2,1>3",
+        **CELLS,
+    },
     "sigmoid": {"attn_mode": "sigmoid"},
     "sigmoid_learned": {"attn_mode": "sigmoid", "sigmoid_bias_mode": "learned", "use_block_sparse": True, **CELLS},
     "sigmoid_neg_log_i": {"attn_mode": "sigmoid", "sigmoid_bias_mode": "neg_log_i", "use_block_sparse": True, **CELLS},

@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import stat
 import statistics
@@ -54,7 +55,7 @@ RANGES = {
     "max_iters warmup_iters curriculum_iters sample_interval": "[0, inf)",
     "lr_decay_iters": "[1, inf)",
     "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval": "[1, inf)",
-    "learning_rate muon_lr emb_lr head_lr scalar_lr": "(0, inf)",
+    "learning_rate muon_lr emb_lr head_lr scalar_lr peak_tflops": "(0, inf)",
     "weight_decay min_lr": "[0, inf)",
     "beta1 beta2": "[0, 1)",
     "grad_clip": "[0, inf]",
@@ -117,6 +118,7 @@ class TrainConfig:
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format; auto: measured on a CPU
     compile: bool | None = None  # torch.compile: minutes at the start, faster steps; None = on CUDA only
+    peak_tflops: float | None = None  # the GPU's 16-bit peak, for the printed mfu; None = by its name, if that is known
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # for torch.distributed; auto: nccl on CUDA, else gloo
 
     def __post_init__(self):
@@ -307,19 +309,34 @@ def pick_dtype(name, device, model, tokens=1):
     return torch.bfloat16 if is_faster else torch.float32, f"its products here: {reason}"
 
 
-# Dense bfloat16/float16 tensor-core peaks in TFLOP/s, from the makers' data sheets; matched by part of the device name.
+# Dense peaks in TFLOP/s of 16-bit products that are summed in float32, from the makers' data sheets and white papers.
+# On GeForce cards that is twice their float32 rate at boost clock, on the 20 series four times. Names: see `card`.
 PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 125, "A40": 150, "L40S": 362,
-    "L4": 121, "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71,
+    "B200": 2250, "H200": 989, "H100": 989, "H100 PCIe": 756, "A100": 312, "A40": 150, "A10": 125, "V100": 125,
+    "L40S": 362, "L40": 181, "L4": 121, "T4": 65,
+    "RTX 5090": 209.5, "RTX 5080": 112.6, "RTX 5070 Ti": 87.9, "RTX 5070": 61.7, "RTX 5060 Ti": 47.4, "RTX 5060": 38.4,
+    "RTX 4090": 165.2, "RTX 4080 SUPER": 104.4, "RTX 4080": 97.5, "RTX 4070 Ti SUPER": 88.2, "RTX 4070 Ti": 80.2,
+    "RTX 4070 SUPER": 70.9, "RTX 4070": 58.3, "RTX 4060 Ti": 44.1, "RTX 4060": 30.2,
+    "RTX 3090 Ti": 80, "RTX 3090": 71.2, "RTX 3080 Ti": 68.2, "RTX 3080": 59.5, "RTX 3070 Ti": 43.5, "RTX 3070": 40.6,
+    "RTX 3060 Ti": 32.4, "RTX 3060": 25.5,
+    "RTX 2080 Ti": 56.9, "RTX 2080 SUPER": 44.6, "RTX 2080": 42.4, "RTX 2070 SUPER": 36.2, "RTX 2070": 31.5,
+    "RTX 2060": 25.8,
 }  # fmt: skip
 
 
-def peak_flops(device):
-    """Peak FLOP/s of a CUDA device, or None where the table has no entry."""
+def card(name):
+    """A card's name as PEAK_TFLOPS has it: without maker, memory and, where it makes no difference, form."""
+    name = re.sub(r"NVIDIA|GeForce|Tesla", "", name)
+    name = re.sub(r"[- ](\d+GB|HBM\w*|SXM\w*)", "", name).strip()
+    return name if name in PEAK_TFLOPS else re.sub(r"[- ]PCIE$", "", name, flags=re.IGNORECASE)
+
+
+def peak_flops(device, tflops=None):
+    """Peak FLOP/s of a CUDA device: `tflops` where given, else by its name; None for a CPU and for unknown cards."""
     if not device.startswith("cuda"):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    tflops = tflops or PEAK_TFLOPS.get(card(torch.cuda.get_device_name(device)))
+    return None if tflops is None else tflops * 1e12
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -770,7 +787,7 @@ class Trainer:
         values |= {"ms": seconds * 1e3, "tokens_per_s": rate}
         if memory := memory_mb(self.world.device):
             values["memory_mb"] = memory
-        if peak := peak_flops(self.world.device):
+        if peak := peak_flops(self.world.device, self.cfg.peak_tflops):
             values["mfu"] = rate * self.model.flops_per_token() / (peak * self.world.size)
         return values
 

@@ -38,30 +38,33 @@ from data.reader import kind_of, local_documents  # noqa: E402
 HERE = Path(__file__).resolve().parent
 REPOSITORY = "Skylion007/openwebtext"
 DOCUMENTS = 8_013_769  # in REPOSITORY: only the progress bar's total
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # a worker's task ends at whichever comes first
+BATCH_CHARACTERS = 1 << 20  # a worker's task ends at these or at chunk_docs documents, whichever comes first
+LEARNED_CHARACTERS = 10_000_000  # a sentencepiece vocabulary is learned from the first so many characters
 SPLITS = ("train", "val")
 
 
 @dataclass
 class PrepareConfig:
     text_file: str | None = None  # a local file: .json, .jsonl, .ndjson (field "text"), else a document per paragraph
-    tokenizer: str = "gpt2"  # gpt2 or byte
+    tokenizer: str = "gpt2"  # gpt2, byte, or sentencepiece (learned from the first ten million characters)
+    vocab_size: int = 8192  # number of ids, for the sentencepiece tokenizer
     val_share: float = 0.0005  # probability of a document to go to the val split
     limit: int | None = None  # stop after so many documents
     num_proc: int = min(os.cpu_count() or 1, 16)  # worker processes; 1: none, tokenise in this one
+    chunk_docs: int = 256  # documents that a worker process tokenises at a time: fewer need less memory
     save_every: int = 5000  # documents between two saves of the progress: the most that a kill can lose
     revision: str = "main"  # branch, tag or commit of the Hugging Face repository
     out_dir: str | None = None  # where the data set goes; None: the script's folder
     restart: bool = False  # throw an unfinished run's work away
 
     def __post_init__(self):
-        if self.tokenizer not in ("gpt2", "byte"):
-            raise ValueError(f"--tokenizer={self.tokenizer}: expected gpt2 or byte")
+        if self.tokenizer not in ("gpt2", "byte", "sentencepiece"):
+            raise ValueError(f"--tokenizer={self.tokenizer}: expected gpt2, byte or sentencepiece")
         if not 0 <= self.val_share <= 1:
             raise ValueError(f"--val_share={self.val_share}: expected 0 to 1")
-        for name, value in (("limit", self.limit), ("num_proc", self.num_proc), ("save_every", self.save_every)):
-            if value is not None and value < 1:
-                raise ValueError(f"--{name}={value}: expected 1 or more")
+        for name in ("limit", "num_proc", "chunk_docs", "save_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)}: expected 1 or more")
         if self.text_file is not None:
             self.text_file = expand(self.text_file)
             if not (os.path.isfile(self.text_file) and os.path.getsize(self.text_file)):
@@ -74,7 +77,7 @@ class PrepareConfig:
     @property
     def settings(self):
         """Everything that changes the result."""
-        keep = ("tokenizer", "val_share", "limit")
+        keep = ("tokenizer", "val_share", "limit", *(["vocab_size"] if self.tokenizer == "sentencepiece" else []))
         return {"source": self.source} | {k: v for k, v in asdict(self).items() if k in keep}
 
 
@@ -122,14 +125,14 @@ def extend(digest, text):
     return hashlib.sha256(bytes.fromhex(digest) + corpus.utf8(text)).hexdigest()
 
 
-def batches(texts, digest):
-    """Yield (list of documents, the digest after them)."""
+def batches(texts, digest, most):
+    """Yield (list of at most so many documents, the digest after them)."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)
         size += len(text)
         digest = extend(digest, text)
-        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+        if len(batch) == most or size >= BATCH_CHARACTERS:
             yield batch, digest
             batch, size = [], 0
     if batch:
@@ -155,10 +158,10 @@ def encode(tokenizer, batch):
     return [(np.array([*tokenizer.encode(t), tokenizer.eot], dtype).tobytes(), len(t.encode())) for t in batch]
 
 
-def serve(connection, name):
-    """A worker process: sends back the encoding of each batch, until the pipe is closed."""
+def serve(connection, name, model):
+    """A worker process: sends back each batch's encoding until the pipe is closed. model: sentencepiece's bytes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    tokenizer = corpus.build_tokenizer(name)
+    tokenizer = corpus.SentencePiece(model) if model else corpus.build_tokenizer(name)
     try:
         while True:
             connection.send(encode(tokenizer, connection.recv()))
@@ -173,12 +176,12 @@ class Workers:
     In a pool, a worker that dies can leave half a result in the pipe that all share, and all the others wait.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, model=None):
         context, self.turn = multiprocessing.get_context("spawn"), 0  # pyarrow has threads: forking could deadlock
         self.connections, self.processes, self.asked = [], [], [None] * config.num_proc
         for _ in range(config.num_proc):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, config.tokenizer), daemon=True)
+            process = context.Process(target=serve, args=(theirs, config.tokenizer, model), daemon=True)
             process.start()
             theirs.close()  # now the worker's death ends the pipe
             self.connections.append(ours)
@@ -205,14 +208,13 @@ class Workers:
             process.join()
 
 
-def encoded(batches, config):
+def encoded(batches, config, tokenizer):
     """Yield (encoded documents, digest) in order. One batch per worker is in memory, however slow the disk."""
     if config.num_proc == 1:
-        tokenizer = corpus.build_tokenizer(config.tokenizer)
         for batch, digest in batches:
             yield encode(tokenizer, batch), digest
         return
-    workers = Workers(config)
+    workers = Workers(config, getattr(tokenizer, "model", None))
     try:
         for batch, digest in batches:
             if (done := workers.exchange(batch, digest)) is not None:
@@ -316,7 +318,24 @@ def progress_bar(config, progress):
     return tqdm(total=total, initial=done, unit="B", unit_scale=True, mininterval=quiet)
 
 
-def tokenise(config, progress, out_dir):
+def tokenizer_of(config, out_dir):
+    """The tokenizer; sentencepiece's is learned once and kept beside the unfinished bins."""
+    file = out_dir / "tokenizer.model.tmp"
+    if config.tokenizer != "sentencepiece":
+        return corpus.build_tokenizer(config.tokenizer)  # in this process first: it may have to be downloaded
+    if config.restart or not is_file(file):
+        texts, size = [], 0
+        for text in documents(config):
+            texts.append(text)
+            size += len(text)
+            if size >= LEARNED_CHARACTERS:
+                break
+        tokenizer = corpus.SentencePiece.train("\n".join(texts)[:LEARNED_CHARACTERS], config.vocab_size)
+        corpus.replace_file(file, tokenizer.model)
+    return corpus.SentencePiece(file.read_bytes())
+
+
+def tokenise(config, progress, out_dir, tokenizer):
     """Append all that is left of the source to the temporary bins."""
     stream = documents(config)
     first = list(islice(stream, 1))  # connects: nothing is printed or written before that works
@@ -328,7 +347,7 @@ def tokenise(config, progress, out_dir):
     with ExitStack() as stack:
         bins = {s: stack.enter_context(open_bin(out_dir / f"{s}.bin.tmp", progress.bin_bytes[s])) for s in SPLITS}
         bar = stack.enter_context(progress_bar(config, progress))
-        for batch, digest in encoded(batches(texts, progress.digest), config):
+        for batch, digest in encoded(batches(texts, progress.digest, config.chunk_docs), config, tokenizer):
             for index, (ids, text_bytes) in enumerate(batch, start=progress.documents):
                 split = "val" if is_val(index, config.val_share) else "train"
                 bins[split].write(ids)
@@ -355,23 +374,26 @@ def finish(progress, out_dir, tokenizer):
         if have != progress.bin_bytes[split]:
             told = f"{file} has {have} bytes, progress.json says {progress.bin_bytes[split]}"
             raise DataError(f"{told}; start over with --restart")
+    if model := getattr(tokenizer, "model", None):
+        corpus.replace_file(out_dir / "tokenizer.model", model)
     size = np.dtype(corpus.dtype_for(tokenizer.vocab_size)).itemsize
     tokens = {s: progress.bin_bytes[s] // size for s in SPLITS}
     source = progress.settings["source"]
     meta = corpus.make_meta("openwebtext", tokenizer, tokens, progress.text_bytes, source, progress.digest)
     meta = corpus.write_meta(out_dir, meta)
     (out_dir / "progress.json").unlink()
+    (out_dir / "tokenizer.model.tmp").unlink(missing_ok=True)
     return meta
 
 
 def prepare(config, out_dir):
     """The whole preparation into `out_dir`, from wherever an earlier one was stopped."""
-    tokenizer = corpus.build_tokenizer(config.tokenizer)  # in this process first: it may have to be downloaded
     progress = Progress.load(out_dir, config.settings, config.restart)
     if progress.documents:
         print(f"going on after {progress.documents:,} documents (reading past them first)", flush=True)
+    tokenizer = tokenizer_of(config, out_dir)
     if not progress.finished:
-        tokenise(config, progress, out_dir)
+        tokenise(config, progress, out_dir, tokenizer)
     meta = finish(progress, out_dir, tokenizer)
     print(f"openwebtext: {progress.documents:,} documents of {config.source}")
     print(

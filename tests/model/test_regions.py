@@ -47,6 +47,22 @@ def test_feedback(C, rings, region_size, hops, seed):
     assert torch.allclose(weights.double() @ sums, wanted, atol=1e-5)
 
 
+def test_chosen_regions_feed_back():
+    """Regions of one cell, 3, 2, 4 and 1 tokens long, no rings: each token by a plain mean over positions."""
+    starts, x = (0, 3, 5, 9, 10), torch.randn(10, dtype=torch.float64)
+    weights = feedback_weights(starts, 1, 1, 1, [(0, 2), (0, 3), (1, 3)])
+    sums = torch.stack([x[a:b].sum() for a, b in zip(starts, starts[1:])])
+    means = [x[a:b].mean() for a, b in zip(starts, starts[1:])]
+    near = [None, means[0], means[1], means[2]]  # of the regions at most one away that are complete
+    wanted = [0 * means[0], near[1], (near[2] + means[0]) / 2, (near[3] + means[0] + means[1]) / 3]
+    assert torch.allclose(weights.double() @ sums, torch.stack(wanted), atol=1e-6)
+    with pytest.raises(ValueError, match="0>4, but the block has 4 regions"):
+        feedback_weights(starts, 1, 1, 1, [(0, 4)])
+    for edges in ("3>1", "1>1", "a>b", "0>1,", "0-1"):
+        with pytest.raises(ValueError, match="regions read the past"):
+            GPTConfig(use_region_feedback=True, region_size=1, region_feedback_edges=edges)
+
+
 def test_feedback_starts_silent_and_then_speaks():
     flags = {"use_region_feedback": True, "region_size": 2, **CELLS}
     torch.manual_seed(0)

@@ -849,6 +849,28 @@ def test_kill_9_and_resume_give_the_same_bytes(tmp_path):
     assert sorted(p.name for p in killed.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
+@pytest.mark.slow
+def test_a_learned_vocabulary(owt, tmp_path, monkeypatch):
+    """sentencepiece learns from the documents, once; a run that was stopped goes on with the same pieces."""
+    docs = [VERSE[i : i + 200] + f" {i}" for i in range(0, 1000, 10)]
+    args = [f"--text_file={write_text(tmp_path / 't.txt', docs)}", "--tokenizer=sentencepiece", "--vocab_size=300"]
+    args += ["--save_every=10", "--chunk_docs=7", "--val_share=0.2", "--num_proc=2"]
+    done = stream(tmp_path / "d", *args)
+    assert done.returncode == 0, done.stderr
+    meta = corpus.load_meta(tmp_path / "d")
+    tokenizer = corpus.load_tokenizer(meta, tmp_path / "d")
+    ids = np.concatenate([split_ids(tmp_path / "d", split) for split in ("train", "val")])
+    parts = "".join(docs).replace("\n", "")
+    assert meta["vocab_size"] == 300 and (ids == tokenizer.eot).sum() >= len(docs)
+    assert sorted(tokenizer.decode(ids.tolist()).replace("\n", "")) == sorted(parts)
+    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
+        "meta.json",
+        "tokenizer.model",
+        "train.bin",
+        "val.bin",
+    ]
+
+
 def in_process(owt, monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--num_proc=1", "--tokenizer=byte", *map(str, args)])
     owt.main()
@@ -1014,7 +1036,7 @@ def test_reading_never_runs_ahead_of_writing(owt, monkeypatch):
             yield [f"document {i}"], str(i)
 
     config = owt.PrepareConfig(tokenizer="byte", num_proc=3)
-    for written, (batch, digest) in enumerate(owt.encoded(source(), config)):
+    for written, (batch, digest) in enumerate(owt.encoded(source(), config, corpus.Byte())):
         assert len(taken) <= written + 3 + 1
         assert batch[0][0] == np.array([*corpus.Byte().encode(f"document {written}"), 1], np.uint16).tobytes()
         assert digest == str(written)

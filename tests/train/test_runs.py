@@ -754,3 +754,23 @@ def test_saving_refuses_what_cannot_be_read_back(tmp_path):
         with pytest.raises(train.CheckpointError, match=r"\['meta'\]\['x'\] is a"):
             save_checkpoint(path, content | {"meta": {"x": odd}})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA GeForce RTX 3070", 40.6), ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756), ("Tesla T4", 65), ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2), ("NVIDIA B200", 2250),
+        ("NVIDIA GeForce RTX 3080 Laptop GPU", None), ("NVIDIA RTX A6000", None), ("Radeon RX 7900 XTX", None),
+    ],
+)  # fmt: skip
+def test_cards_are_known_by_their_whole_name(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert train.peak_flops("cuda:0") == (tflops and tflops * 1e12)
+    assert train.peak_flops("cuda:0", 50) == 50e12 and train.peak_flops("cpu", 50) is None
+
+
+def test_mfu_is_the_share_of_the_peak():
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=11))
+    assert model.estimate_mfu(3, 2.0, 1e6) == pytest.approx(3 * 16 * model.flops_per_token() / 2e6)
