@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
+from kernels import triton_module
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The route: which position attends to which.
 
@@ -310,10 +312,8 @@ def flat_relation(allowed, bias, B, H, dtype):
 
 
 def import_triton():
-    """The CUDA path; not imported elsewhere, because Triton exists on Linux only and takes long to import."""
-    from kernels import block_sparse_triton
-
-    return block_sparse_triton
+    """The CUDA path."""
+    return triton_module("block_sparse_triton")
 
 
 @torch.library.custom_op("nanochimera::block_sparse", mutates_args=())

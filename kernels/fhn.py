@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
+from kernels import triton_module
 from kernels.fhn_rest import REST_V, REST_W
 from kernels.scan import Scans, Stage, block_length, blocks, gated_scan, sum_dtype
 
@@ -285,10 +286,8 @@ def one_site(stimulus, conductance, D, a, b, eps, dt, steps, state):
 
 
 def import_triton():
-    """The CUDA path; not imported elsewhere, because Triton exists on Linux only and takes long to import."""
-    from kernels import fhn_triton
-
-    return fhn_triton
+    """The CUDA path."""
+    return triton_module("fhn_triton")
 
 
 @torch.library.custom_op("nanochimera::fhn", mutates_args=())

@@ -16,6 +16,7 @@ Sources: Yang et al. 2024, arXiv 2312.06635 (gla) and arXiv 2412.06464 (gdn).
 import torch
 from torch.nn import functional as F
 
+from kernels import triton_module
 from kernels.autograd import is_plain
 
 CHUNK = 16
@@ -63,9 +64,7 @@ def carry_reference(decay, K, W, U, S):
 
 
 def gpu():
-    from kernels import linear_attention_triton
-
-    return linear_attention_triton
+    return triton_module("linear_attention_triton")
 
 
 def takes_kernel(K):

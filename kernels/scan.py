@@ -13,6 +13,8 @@ scan_triton.py.
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
+from kernels import triton_module
+
 BLOCK = 400_000  # elements of a block, over batch rows, time and channels: a few such buffers fit in the last cache
 STEP = 64  # blocks are multiples of this many positions, where T allows
 CHUNK = 4  # positions
@@ -273,10 +275,8 @@ def torch_backward(grad, A, h, h0):
 
 
 def import_triton():
-    """The CUDA path; not imported elsewhere, because Triton exists on Linux only and takes long to import."""
-    from kernels import scan_triton
-
-    return scan_triton
+    """The CUDA path."""
+    return triton_module("scan_triton")
 
 
 @torch.library.custom_op("nanochimera::gated_scan", mutates_args=())

@@ -17,7 +17,6 @@ use what it found. Another recipe, with commas between its files
 """
 
 import base64
-import fcntl
 import html
 import json
 import math
@@ -39,7 +38,7 @@ import numpy as np
 
 import configurator
 from configurator import ROOT, ConfigError, check_values
-from data.files import replace_file
+from data.files import fcntl, replace_file
 from lab import bench, measure, pictures
 from lab.pictures import TIGHT, png, pyplot
 from model import GPT, GPTConfig
@@ -926,6 +925,8 @@ def main(argv=None):
             if cfg.pictures:
                 draw_pictures(cfg, runs)
             return
+        if fcntl is None:
+            raise ConfigError("training rows needs locks that a child process inherits, which Windows lacks: use WSL")
         if not rows:
             raise ConfigError(
                 "name the config files to train, such as config/ablation/*.py; or --time, --report, --pictures"
