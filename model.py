@@ -798,7 +798,10 @@ class GPT(nn.Module):
         if idx.dim() != 2 or idx.size(1) == 0:
             raise ValueError(f"the prompt must be (B, T) with T >= 1, not {tuple(idx.shape)}")
         check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, repetition_window)
-        training, limit = self.training, self.max_positions
+        training, limit, block_size = self.training, self.max_positions, self.config.block_size
+        if limit is not None and self.config.pos_embedding != "learned" and idx.size(1) + max_new_tokens > limit:
+            limit = min(idx.size(1) + max_new_tokens, LONGEST * limit)
+            self.extend_block_size(limit)  # until the end of this text
         state = DecodingState() if use_cache else None
         self.eval()
         try:
@@ -813,6 +816,7 @@ class GPT(nn.Module):
                 yield new
         finally:
             self.train(training)
+            self.crop_block_size(block_size)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
                  use_cache=True, generator=None, repetition_window=None, known_ids=None):  # fmt: skip
@@ -876,6 +880,14 @@ class GPT(nn.Module):
     def alignment(self, *batch):
         """How well feedback agrees with backpropagation, see `alignment`; {} under backpropagation itself."""
         return {} if self.config.method == "bp" else alignment(self, *batch)
+
+    def extend_block_size(self, block_size):
+        """Lengthen the context, where no learned table ends it: cells go on from the last anchor, all else stays."""
+        if self.config.pos_embedding == "learned":
+            raise ValueError(f"block_size={block_size}: a learned position table has no rows beyond it")
+        self.config.block_size = block_size
+        for module in self.having("grow"):
+            module.grow(block_size)
 
     def crop_block_size(self, block_size):
         """Shorten the context, e.g. of a pre-trained model. ValueError if it would have to grow."""
@@ -1177,6 +1189,9 @@ def feedback_weights(starts, region_size, rings, hops, edges=()):
     return weights.float()
 
 
+LONGEST = 64  # blocks: the table of which cells may look at which grows with the square
+
+
 def update_relation(cells, incompatible_keys):
     """After other cells were loaded: recompute what follows from them."""
     cells.update_relation()
@@ -1193,8 +1208,10 @@ class Cells(nn.Module):
         edges = pairs_of(config.region_feedback_edges)
         graph = (config.region_size, config.region_rings, config.feedback_hops, edges)
         self.graph = graph if config.use_region_feedback else None
+        self.gaps, self.block, self.trained = None, config.knot_block, config.block_size
         if config.has_anchors:
             seed = config.anchor_seed + (0 if config.share_region_router else layer)
+            self.gaps = config.anchor_min_gap, config.anchor_jitter, seed
             draw = torch.Generator("cpu").manual_seed(seed)
             anchors, cell = build_pd_anchors_1d(config.block_size, config.anchor_min_gap, config.anchor_jitter, draw)
         else:
@@ -1221,7 +1238,27 @@ class Cells(nn.Module):
         return Route(self.starts, self.allowed)
 
     def crop(self, block_size):
-        self.cell, self.offset = self.cell[:block_size].clone(), self.offset[:block_size].clone()
+        self.trained = min(self.trained, block_size)  # positions, on which a bias by the number of keys is based
+        if block_size < len(self.cell):
+            self.cell, self.offset = self.cell[:block_size].clone(), self.offset[:block_size].clone()
+            self.update_relation()
+
+    def grow(self, block_size):
+        """More positions: anchors are drawn on from the last one, with the same gaps."""
+        length, cell, offset = len(self.cell), self.cell.cpu(), self.offset.cpu()
+        if self.gaps is None:
+            new = torch.arange(length, block_size, device="cpu")
+            cell, offset = torch.cat((cell, new // self.block)), torch.cat((offset, new % self.block))
+        else:
+            min_gap, jitter, seed = self.gaps
+            draw = torch.Generator("cpu").manual_seed(seed + length)
+            anchors = [length - 1 - int(offset[-1])]
+            while anchors[-1] < block_size:
+                anchors.append(anchors[-1] + min_gap + int(torch.randint(jitter + 1, (), generator=draw, device="cpu")))
+            anchors, new = torch.tensor(anchors, device="cpu"), torch.arange(length, block_size, device="cpu")
+            after = torch.searchsorted((anchors[:-1] + anchors[1:]) // 2, new)  # 0: still the last cell
+            cell, offset = torch.cat((cell, cell[-1] + after)), torch.cat((offset, new - anchors[after]))
+        self.cell, self.offset = cell.to(self.cell.device), offset.to(self.offset.device)
         self.update_relation()
 
 
@@ -1273,6 +1310,9 @@ class RamanujanPositions(nn.Module):
 
     def crop(self, block_size):
         self.table = self.table[:block_size].clone()
+
+    def grow(self, block_size):
+        self.table = ramanujan_table(block_size).to(self.table)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1536,7 +1576,11 @@ class CausalSelfAttention(nn.Module):
             return self.sigmoid_bias.expand(len(q_pos))
         if self.bias_mode == "neg_log_i":
             return -(self.cells.keys[q_pos] if self.is_sparse else q_pos + 1).float().log()
-        most = self.cells.keys.max() if self.is_sparse else torch.full((), self.block_size, device=q_pos.device)
+        most = (
+            self.cells.keys[: self.cells.trained].max()
+            if self.is_sparse
+            else torch.full((), self.block_size, device=q_pos.device)
+        )
         if self.knots is not None:
             most = most + self.knots.k * self.cells.cell.bincount().max()
         return -most.float().log().expand(len(q_pos))

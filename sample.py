@@ -54,7 +54,7 @@ class SampleConfig:
     checkpoint: str = ""  # a file in out_dir; empty = ckpt.pt (best), else ckpt_last.pt
     data_dir: str = ""  # where the data set lies, for its tokenizer; empty = as in training
     # -- text ---------------------------------------------------------------------------------------------------------
-    start: str = "\n"  # the prompt; "FILE:path" reads a file, "-" standard input
+    start: str = "\n"  # the prompt, \n for a newline; "FILE:path" reads a file, "-" standard input
     num_samples: int = 1  # texts, generated as one batch
     max_new_tokens: int = 500  # tokens per text
     stop: tuple[str, ...] = ()  # end a text before whichever of these strings is complete first

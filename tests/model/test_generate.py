@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from model import GPT, DecodingState, GPTConfig, next_token
+from smoke_test import VARIANTS
 
 V, BLOCK = 31, 12
 
@@ -360,3 +361,47 @@ def test_bfloat16_weights():
     assert out.shape == (2, 24) and out.min() >= 0 and out.max() < V
     with torch.autocast("cpu", torch.bfloat16):  # as train.py's samples are written
         assert tiny().float().generate(idx, 20).shape == (2, 24)
+
+
+GROWING = ["block_sparse", "ferope_anchored", "knots", "knots_and_rings", "region_feedback", "region_edges",
+           "mfs_l4_regions"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize("positions", ["none", "ramanujan"])
+def test_cells_go_on_beyond_the_trained_block(name, positions):
+    """Without a learned table: cached and recomputed texts agree, a prefix keeps its logits, nothing else changes."""
+    size = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "vocab_size": 61}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**size | VARIANTS[name] | {"pos_embedding": positions})).eval()
+    for p in model.parameters():
+        if p.dim() == 0:
+            torch.nn.init.constant_(p, 0.5)  # gates that start at 0
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    long = torch.randint(61, (1, 100))
+    idx = long[:, :20]
+    short, _ = model(idx, idx)
+    text = model.generate(idx, 60, temperature=0)
+    assert torch.equal(text, model.generate(idx, 60, temperature=0, use_cache=False))
+    assert model.config.block_size == 32
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+    model.extend_block_size(128)
+    torch.testing.assert_close(model(long, long)[0][:, :20], short, rtol=0, atol=1e-5)
+    if "anchor_min_gap" in VARIANTS[name]:
+        gaps = anchors_of(model).diff()
+        assert gaps.min() >= 5 and gaps.max() <= 8  # anchor_min_gap, and anchor_jitter more
+    model.crop_block_size(32)
+    assert torch.equal(model(idx, idx)[0], short)
+
+
+def anchors_of(model):
+    """The anchors of the first cells that there are: where the offset is 0."""
+    cells = next(m for m in model.modules() if hasattr(m, "offset"))
+    return (cells.offset == 0).nonzero()[:, 0]
+
+
+def test_a_learned_table_cannot_grow():
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=11))
+    with pytest.raises(ValueError, match="learned position table"):
+        model.extend_block_size(16)
+    assert model.generate(torch.zeros(1, 4, dtype=torch.long), 20).shape == (1, 24)  # its window slides

@@ -9,6 +9,7 @@ from dataclasses import fields
 import pytest
 
 import configurator
+import model
 from helpers import ROOT
 from lab import readme
 from model import GPTConfig
@@ -65,3 +66,26 @@ def test_every_flag_of_the_model_is_in_variants_md():
     sizes = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout"}
     text = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
     assert [f.name for f in fields(GPTConfig) if f.name not in sizes and f"`{f.name}`" not in text] == []
+
+
+def test_what_became_of_the_originals_is_there():
+    """Every flag, file and module that docs/seeds.md names in its second column exists."""
+    text = (ROOT / "docs/seeds.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and line.count(" | ") >= 2]
+    assert len(rows) > 90
+    keys = configurator.keys_of(TrainConfig, GPTConfig)
+    here = " ".join(row[1] for row in rows)
+    for words in re.findall(r"`([^`]+)`", here):
+        for path in re.findall(r"[\w/]+\.(?:py|md)", words):
+            name = path.removeprefix("/")
+            assert any((ROOT / folder / name).is_file() for folder in ("", "config/ablation", "docs")), path
+        for module in re.findall(r"-m (lab\.\w+)", words):
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        if found := re.fullmatch(r"(?:--)?([a-z]\w*_\w+)(=.*)?", words):
+            known = (
+                found[1] in keys or found[1] in CHECKED_ELSEWHERE or (ROOT / f"config/presets/{found[1]}.py").is_file()
+            )
+            assert known or hasattr(model, found[1]), words
+
+
+CHECKED_ELSEWHERE = {"chunk_docs", "repetition_penalty", "center_scale", "num_params", "init_from"}
