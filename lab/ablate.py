@@ -3,6 +3,7 @@ Which ideas help? Trains configs with several seeds and learning rates through t
 
     python -m lab.ablate config/ablation/*.py --seeds=3 --tune --jobs=2
     python -m lab.ablate "no_rope: --pos_embedding=learned" config/ablation/baseline.py  # a row by its flags alone
+    python -m lab.ablate config/ablation/bio_events.py "--grid=bio_threshold:0.1,0.25,0.4"  # a sweep: a row per value
     python -m lab.ablate --time      # each row's training step beside the baseline's, taking turns; trains nothing
     python -m lab.ablate --report    # tables in docs/results.md, plots, a page that opens offline; trains nothing
     python -m lab.ablate --pictures  # what the ideas look like inside trained models; trains nothing
@@ -55,18 +56,21 @@ class AblateConfig:
     max_iters: int | None = None  # steps of a run, its schedule included; None = the recipe's
     learning_rates: str = ""  # with commas; empty = the recipe's own
     tune: bool = False  # also at the best learning rate of --grid
-    grid: str = "1e-3,2e-3,3e-3,5e-3"  # learning rates that --tune tries with seed 0
+    grid: str = "1e-3,2e-3,3e-3,5e-3"  # learning rates that --tune tries with seed 0; or a sweep, FLAG:VALUES;FLAG:...
     jobs: int = 1  # runs at a time; if more than one, with one thread each
     out_dir: str = "out-ablation"  # where runs lie
     time: bool = False  # measure the steps of finished rows that were not measured yet, and train nothing
     report: bool = False  # write the results of finished runs, and train nothing
     pictures: bool = False  # draw ideas from checkpoints, and train nothing
     docs: str = "docs"  # where --report and --pictures write: results.md, a page named as out_dir, img/, results/
+    sweep = ()  # [(flag, values)] of a --grid that sweeps
 
     def __post_init__(self):
         check_values(self, {"seeds jobs": "[1, inf)", "max_iters": "[0, inf)"})
         numbers("learning_rates", self.learning_rates)
-        if not numbers("grid", self.grid):
+        if ":" in self.grid:
+            self.sweep, self.grid = sweep_of(self.grid), type(self).grid
+        elif not numbers("grid", self.grid):
             raise ValueError("grid: name at least one learning rate")
 
     @property
@@ -87,6 +91,28 @@ class AblateConfig:
     def timings(self):
         """The file of what --time measured."""
         return self.records.with_name(f"{self.name}-speed.json")
+
+
+def sweep_of(text):
+    """[(flag, [value, ...])] of "bio_threshold:0.1,0.4;bio_omega:1,2"; ValueError for a flag that there is not."""
+    found = []
+    for part in text.split(";"):
+        flag, _, values = part.strip().partition(":")
+        if flag not in DEFAULTS or not values:
+            raise ValueError(f"grid={part}: expected a model's flag, a colon, and values with commas between them")
+        found.append((flag, [value.strip() for value in values.split(",")]))
+    return found
+
+
+def swept(rows, sweep):
+    """The rows with each combination of the values: NAME_FLAG_VALUE, by its own words and those flags."""
+    for flag, values in sweep:
+        rows = {
+            f"{row}_{flag}_{re.sub(r'[^0-9A-Za-z]', '_', value)}": f"{' '.join(words_of(config))} --{flag}={value}"
+            for row, config in rows.items()
+            for value in values
+        }
+    return rows
 
 
 def numbers(name, text):
@@ -915,7 +941,7 @@ def main(argv=None):
     with configurator.one_line_errors("lab.ablate", OSError):
         files, words = split_words(sys.argv[1:] if argv is None else argv)
         cfg = configurator.read(words or ([] if files else ["--help"]), AblateConfig, doc=__doc__).build(AblateConfig)
-        rows = find_rows(files)
+        rows = swept(find_rows(files), cfg.sweep)
         if cfg.time or cfg.report or cfg.pictures:
             runs = [run for run in find_runs(cfg) if not rows or run.row in rows]
             if cfg.time:

@@ -314,6 +314,35 @@ def routing_by_kind(flags, T=512):
     return figure
 
 
+MOTIF = (  # cortical layer, what it is said to do, what does that here
+    ("L1", "what other regions say", "RegionFeedback: the past of nearby or chosen regions"),
+    ("L2/3", "neighbours, sequence", "attention within the cell and its rings, anchor-relative Fe-RoPE"),
+    ("L4", "input and its error", "auto-encoder of hidden states: reconstruction, next step"),
+    ("L5", "output", "head: a mixture of softmaxes, conditioned on the slate"),
+    ("L6", "prior, back to L4", "region slate: moving average of hidden states, active columns"),
+)
+WIRES = ((1, 0, "feedback"), (2, 1, "stream"), (1, 3, "stream"), (2, 4, "error"), (4, 3, "slate"))  # from, to, what
+
+
+def picture_motif():
+    """The six-layer motif of a cortical column beside the parts of the model that stand for its layers."""
+    figure, axes = pyplot().subplots(figsize=(10, 5.2), **TIGHT)
+    for i, (layer, role, code) in enumerate(MOTIF):
+        y = -1.2 * i
+        axes.text(0, y, f"{layer}: {role}", ha="left", va="center", weight="bold")
+        axes.text(
+            3.5, y, code, ha="left", va="center", bbox={"boxstyle": "round,pad=0.4", "fc": "#eaf1f8", "ec": "#1f4e79"}
+        )
+    for n, (a, b, label) in enumerate(WIRES):
+        x, start, end = 10.1 + 0.45 * n, 0.12 * (n - 2) - 1.2 * a, 0.12 * (n - 2) - 1.2 * b  # no two lines on each other
+        axes.plot([9.8, x, x, 9.8], [start, start, end, end], color=f"C{n}", lw=1.2)
+        axes.plot(9.8, end, "<", color=f"C{n}")
+        axes.text(x + 0.05, (start + end) / 2, label, rotation=90, va="center", fontsize=8, color=f"C{n}")
+    axes.set(xlim=(-0.1, 12.6), ylim=(-5.4, 0.6), title="A cortical column's layers, and what stands for them here")
+    axes.set_axis_off()
+    return figure
+
+
 # picture: (rows that show it, the first finished one is drawn; how)
 PICTURES = {
     "routing": (("region_edges", "block_sparse_1"), picture_routing),
@@ -330,6 +359,7 @@ PICTURES = {
 COMPARISONS = {
     "alignment": (("fa", "fa_grape", "dfa", "dfa_grape", "sign_sym", "sign_sym_init"), picture_alignment),
 }
+DIAGRAMS = {"motif": picture_motif}  # of no run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,8 +379,11 @@ def main(argv=None):
         cfg = configurator.read([w for w in words if w.startswith("-")], PictureConfig, doc=__doc__)
         file = cfg.build(PictureConfig).file or f"{name}.png"
         known = PICTURES | COMPARISONS
+        if name in DIAGRAMS:
+            Path(file).write_bytes(png(DIAGRAMS[name]()))
+            return print(f"wrote {file}")
         if name not in known:
-            raise ConfigError(f"{name or 'a picture'}: expected {' or '.join(known)} first")
+            raise ConfigError(f"{name or 'a picture'}: expected {' or '.join([*known, *DIAGRAMS])} first")
         if not folders or (name in PICTURES and len(folders) > 1):
             raise ConfigError(f"{name}: name the folder of a run{' or more' * (name in COMPARISONS)}")
         draw = known[name][1]

@@ -443,3 +443,15 @@ def test_the_page_in_a_browser(recipe, tmp_path, in_process):
         assert browser.get_log("browser") == []
     finally:
         browser.quit()
+
+
+def test_a_sweep_is_a_row_per_combination():
+    cfg = ablate.AblateConfig(grid="bio_threshold:0.1,0.4; bio_omega:1,2")
+    rows = ablate.swept({"bio": "config/ablation/bio.py", "mine": "--use_bio_mlp=True"}, cfg.sweep)
+    assert len(rows) == 8 and cfg.grid == ablate.AblateConfig.grid
+    words = ablate.words_of(rows["bio_bio_threshold_0_4_bio_omega_2"])
+    assert words == ["config/ablation/bio.py", "--bio_threshold=0.4", "--bio_omega=2"]
+    assert ablate.words_of(rows["mine_bio_threshold_0_1_bio_omega_1"])[0] == "--use_bio_mlp=True"
+    for wrong in ("no_flag:1", "bio_threshold:", "bio_threshold:0.1;x"):
+        with pytest.raises(ValueError, match="grid"):
+            ablate.AblateConfig(grid=wrong)
