@@ -13,6 +13,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported: no traceback
 
+import codecs
 import re
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from configurator import ROOT, ConfigError, check_values, expand
 from data.corpus import (
     GPT2,
     GPT2_NAMES,
+    REPLACEMENT,
     DataError,
     HuggingFace,
     build_tokenizer,
@@ -41,6 +43,7 @@ from data.runs import find_checkpoint
 from model import GPT, CheckpointError, load_checkpoint
 from train import pick_device, pick_dtype, told_when_out_of_memory
 
+UNKNOWN = REPLACEMENT.encode()
 RANGES = {"num_samples max_new_tokens": "[1, 2^63)", "seed": "[0, 2^63)"}
 
 
@@ -134,10 +137,35 @@ def unescape(text):
     return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
 
 
-def cut(text, stops):
-    """(text up to the first stop string, whether there was one)."""
-    ends = [i for i in (text.find(s) for s in stops) if i >= 0]
-    return (text[: min(ends)], True) if ends else (text, False)
+class Growing:
+    """A text that grows by token ids, each decoded once; it ends before whichever stop string is complete first."""
+
+    def __init__(self, tokenizer, stops):
+        self.tokenizer, self.stops, self.ids = tokenizer, stops, []
+        self.pieces = getattr(tokenizer, "pieces", None)  # the bytes of each id, where ids are bytes
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.whole, self.text, self.ended = "", "", False  # whole characters; and what may be shown
+
+    def add(self, token):
+        """One more id; nothing after the end."""
+        if self.ended:
+            return
+        if token == self.tokenizer.eot:
+            self.ended = True
+            return
+        before = len(self.whole)
+        if self.tokenizer.name == "char":
+            self.whole += self.tokenizer.decode([token])
+        elif self.pieces is None:  # another's: what an id stands for may depend on those before it
+            self.ids.append(token)
+            self.whole = self.tokenizer.decode(self.ids)
+        else:
+            self.whole += self.decoder.decode(self.pieces[token] if token < len(self.pieces) else UNKNOWN)
+        unfinished = REPLACEMENT * bool(self.pieces and self.decoder.getstate()[0])  # half a character
+        longest = max(map(len, self.stops), default=0)
+        ends = [i for i in (self.whole.find(s, max(0, before - longest)) for s in self.stops) if i >= 0]
+        self.ended = bool(ends)
+        self.text = self.whole[: min(ends)] if ends else self.whole + unfinished
 
 
 def grow(model, tokenizer, idx, cfg):
@@ -145,24 +173,16 @@ def grow(model, tokenizer, idx, cfg):
 
     A text ends before its first stop string, or at the tokenizer's end-of-text token.
     """
-    new = [[] for _ in idx]
-    ended = [False for _ in idx]
-    texts = ["" for _ in idx]
+    rows = [Growing(tokenizer, cfg.stop) for _ in idx]
     generator = torch.Generator(idx.device).manual_seed(cfg.seed)
     for tokens in model.stream(
         idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
         cfg.repetition_window, cfg.use_cache, generator, known_ids=tokenizer.vocab_size,
     ):  # fmt: skip
-        for row, token in enumerate(tokens[:, 0].tolist()):
-            if ended[row]:
-                continue
-            if token == tokenizer.eot:
-                ended[row] = True
-                continue
-            new[row].append(token)
-            texts[row], ended[row] = cut(tokenizer.decode(new[row]), cfg.stop)
-        yield texts
-        if all(ended):
+        for row, token in zip(rows, tokens[:, 0].tolist()):
+            row.add(token)
+        yield [row.text for row in rows]
+        if all(row.ended for row in rows):
             return
 
 

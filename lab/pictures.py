@@ -334,7 +334,11 @@ def picture_motif():
             3.5, y, code, ha="left", va="center", bbox={"boxstyle": "round,pad=0.4", "fc": "#eaf1f8", "ec": "#1f4e79"}
         )
     for n, (a, b, label) in enumerate(WIRES):
-        x, start, end = 10.1 + 0.45 * n, 0.12 * (n - 2) - 1.2 * a, 0.12 * (n - 2) - 1.2 * b  # no two lines on each other
+        x, start, end = (
+            10.1 + 0.45 * n,
+            0.12 * (n - 2) - 1.2 * a,
+            0.12 * (n - 2) - 1.2 * b,
+        )  # no two lines on each other
         axes.plot([9.8, x, x, 9.8], [start, start, end, end], color=f"C{n}", lw=1.2)
         axes.plot(9.8, end, "<", color=f"C{n}")
         axes.text(x + 0.05, (start + end) / 2, label, rotation=90, va="center", fontsize=8, color=f"C{n}")

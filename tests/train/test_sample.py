@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 import sample
 from data.corpus import Byte
@@ -420,3 +421,18 @@ def test_escapes_in_prompts_and_stops(text):
     assert sample.unescape(r"a\nb\tc\\n\x") == "a\nb\tc\\n\\x"
     assert text(r"--start=HAMLET:\n", "--max_new_tokens=5").startswith("HAMLET:\n")
     assert text("--start=HAMLET: ", "--max_new_tokens=200", r"--stop=\n").count("\n") <= 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 258), max_size=40), st.lists(st.sampled_from(["a", "\n\n", "\u00e9"]), max_size=2))
+def test_a_growing_text_is_the_whole_decoded(ids, stops):
+    """Token by token, each decoded once: as decoding all of them again after each, broken UTF-8 included."""
+    tokenizer, row = Byte(), sample.Growing(Byte(), stops)
+    for n, token in enumerate(ids, start=1):
+        row.add(token)
+        until = ids[: ids.index(tokenizer.eot)] if tokenizer.eot in ids[:n] else ids[:n]
+        whole = tokenizer.decode(until)
+        ends = [whole.find(stop) for stop in stops if stop in whole]
+        assert row.text == (whole[: min(ends)] if ends else whole)
+        if row.ended:
+            break
