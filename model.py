@@ -96,7 +96,7 @@ class GPTConfig:
     # -- channel mixers -----------------------------------------------------------------------------------------------
     use_swiglu: bool = False  # silu(W1 x) * W3 x for the MLP, with as many parameters
     use_kan: bool = False  # learned wavelets in place of the MLP's activation (WaveKAN)
-    kan_wavelet: Literal["mex", "dog", "morlet"] = "mex"  # Mexican hat | derivative of a Gaussian | real Morlet
+    kan_wavelet: Literal["mex", "dog", "gaus1", "morlet"] = "mex"  # hat | difference, derivative of Gaussians | Morlet
     kan_edges: Literal["shared", "edge"] = "shared"  # wavelets per channel, then a matrix | per edge, published; slow
     kan_bank: int = 2  # wavelets per channel
     kan_match_params: bool = True  # hidden width such that parameters equal the MLP's; False = 4 n_embd
