@@ -211,6 +211,7 @@ class GPTConfig:
     mlp_topk: int = 0  # hidden units of an MLP that stay active, the largest by magnitude; 0 = all
     resid_topk: int = 0  # channels of the residual stream that survive a block, the largest by magnitude; 0 = all
     vq_codes: int = 0  # n > 0: after each block, the nearest of n frozen directions, magnitude kept; 0 = off
+    vq_per_block: bool = False  # each block has its own n directions; False = all blocks share them
     vq_lattice: Literal["", "e7"] = ""  # off | after each block, groups of 7 channels go to the nearest E7 point
     subspace_rank: int = 0  # n > 0: after each block, a projection onto one frozen n-dimensional subspace; 0 = off
     # -- meta-updates -------------------------------------------------------------------------------------------------
@@ -399,6 +400,7 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("fa_grape_every fa_grape_n_probe fa_grape_lr", "fa_grape", lambda c: c.fa_grape),
     ("fa_calibrate_every", 'a method other than "bp"', lambda c: c.method != "bp"),
     ("frozen_seed", "method, vq_codes or subspace_rank", lambda c: c.method != "bp" or c.vq_codes or c.subspace_rank),
+    ("vq_per_block", "vq_codes", lambda c: c.vq_codes),
     ("htm_meta_decay htm_meta_target", "htm_meta_strength", lambda c: c.htm_meta_strength),
 )  # fmt: skip
 CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its value
@@ -701,7 +703,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.transformer.h, 1):
             x = block(x if self.input_skip is None else self.input_skip(x, first, layer - 1), run)
             if self.limits is not None:
-                x = self.limits(x)
+                x = self.limits(x, layer - 1)
             if layer < self.config.n_layer:
                 x = run.cut(x, "block")
             if self.mla is not None:
@@ -3634,7 +3636,8 @@ def alignment(model, idx=None, targets=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Limits on what a vector may hold, (..., C) -> (..., C): k winners by magnitude (also in the MLP), a frozen subspace,
-# K directions, lattice points. On the residual stream they follow every block and are shared by all of them.
+# K directions, lattice points. On the residual stream they follow every block, and all blocks share them. The subspace
+# comes last: whatever else is on, the stream lies in it.
 # Cost per token: O(C) for winners, 4 r C FLOPs for a subspace, 2 K C for K directions. k winners: Ahmad & Scheinkman
 # 2019, arXiv 1903.11257; directions: van den Oord et al. 2017, arXiv 1711.00937, with codes that stay random.
 
@@ -3698,21 +3701,34 @@ class E7Quantizer(nn.Module):
         return straight_through(u, point) * self.scale
 
 
+class ResidualLimits(nn.ModuleDict):
+    """Limits by name, in the order in which they apply; a list has one for each block."""
+
+    def forward(self, x, block):
+        for part in self.values():
+            x = part[block](x) if isinstance(part, nn.ModuleList) else part(x)
+        return x
+
+
+def codebooks(config):
+    """The directions of all blocks, or a list of each block's; the first block's are those that all would share."""
+    seeds = [config.frozen_seed + 1 + block for block in range(config.n_layer if config.vq_per_block else 1)]
+    books = [VQResidualDir(config.n_embd, config.vq_codes, seed) for seed in seeds]
+    return nn.ModuleList(books) if config.vq_per_block else books[0]
+
+
 def residual_limits(config):
-    """What config puts on the residual stream after each block, in order, or None."""
+    """What config puts on the residual stream after each block, or None."""
     parts = {}
-    if config.subspace_rank:
-        parts["subspace"] = FrozenSubspace(config.n_embd, config.subspace_rank, config.frozen_seed)
     if config.resid_topk:
         parts["topk"] = HardTopK(config.resid_topk)
     if config.vq_codes:
-        parts["vq"] = VQResidualDir(config.n_embd, config.vq_codes, config.frozen_seed + 1)
+        parts["vq"] = codebooks(config)
     if config.vq_lattice == "e7":
         parts["lattice"] = E7Quantizer()
-    limits = nn.Sequential()
-    for name, part in parts.items():
-        limits.add_module(name, part)
-    return limits if parts else None
+    if config.subspace_rank:
+        parts["subspace"] = FrozenSubspace(config.n_embd, config.subspace_rank, config.frozen_seed)
+    return ResidualLimits(parts) if parts else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -201,6 +201,8 @@ VARIANTS = {
     "fuse_attn_local": {"fuse_attn_local": True},
     "topk": {"mlp_topk": 16, "resid_topk": 24},
     "vq_codes": {"vq_codes": 2048},
+    "vq_per_block": {"vq_codes": 2048, "vq_per_block": True},
+    "limits": {"resid_topk": 28, "vq_codes": 2048, "subspace_rank": 24},
     "vq_lattice": {"vq_lattice": "e7", "n_embd": 28},
     "subspace_rank": {"subspace_rank": 24},
     "local_all": {

@@ -105,6 +105,7 @@ GRAPE = [{"method": rule, "fa_grape": True, **UNTIED} for rule in ("fa", "dfa")]
 NOT_BP = [{"method": rule, **UNTIED} for rule in ("fa", "sign_sym", "dfa")]
 WAVELETS = [{"use_kan": True}, {"attn_mode": "kaufmann"}, {"attn_pattern": "kaufmann,sigmoid"}]
 ON = {
+    "vq_per_block": [{"vq_codes": 2048}],
     "short_conv_at": [{"short_conv": 3}],
     "sigmoid_bias_mode ste_sigmoid": SIGMOID,
     "kan_wavelet kan_edges kan_bank": WAVELETS,
