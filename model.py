@@ -183,11 +183,12 @@ class GPTConfig:
     mfs_layers: int = 3  # top layers that it reads
     mfs_window: int = 2  # positions before the current one that it reads too
     mfs_lowrank_r: int = 0  # rank of the facets' projections; 0 = full
+    mfs_slate: bool = False  # without regions it reads the mean of the last slate_window states for the last state
     add_l4_losses: bool = False  # in training, an auto-encoder of hidden states that also predicts the token after next
     l4_loss_weight: float = 0.1  # weight of its two losses in the objective
     ae_window: int = 8  # hidden states that it encodes
     ae_dim: int = 0  # its bottleneck; 0 = n_embd // 4
-    slate_window: int = 8  # hidden states whose mean is the auto-encoder's context summary, where there are no regions
+    slate_window: int = 8  # hidden states whose mean is the context summary, where there are no regions
     # -- learning rules -----------------------------------------------------------------------------------------------
     method: Literal["bp", "fa", "dfa", "sign_sym"] = "bp"  # learning rule: backpropagation | feedback alignment | ...
     frozen_seed: int = 1337  # seed of everything random that is never trained: feedback, codes, subspaces
@@ -298,6 +299,11 @@ class GPTConfig:
         return bool(self.region_size) and (self.has("reads_context") or self.add_l4_losses)
 
     @property
+    def head_reads_slate(self):
+        """Whether the context summary conditions the head, besides the auto-encoder."""
+        return self.has("reads_context") and (self.has_region_slate or self.mfs_slate)
+
+    @property
     def has_spectrum(self):
         """Whether spectral coordinates are added to queries and keys."""
         return self.use_manifold and not self.skip_manifold_spectral
@@ -384,7 +390,9 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("mla_mode", "use_mla", lambda c: c.use_mla),
     ("mfs_K mfs_P mfs_layers mfs_window mfs_lowrank_r", "use_mfs_head", lambda c: c.use_mfs_head),
     ("l4_loss_weight ae_window ae_dim", "add_l4_losses", lambda c: c.add_l4_losses),
-    ("slate_window", "add_l4_losses and region_size=0", lambda c: c.add_l4_losses and not c.region_size),
+    ("mfs_slate", "use_mfs_head and region_size=0", lambda c: c.has("reads_context") and not c.region_size),
+    ("slate_window", "add_l4_losses or mfs_slate, and region_size=0",
+     lambda c: (c.add_l4_losses or c.mfs_slate) and not c.region_size),
     ("region_slate_include_prior", "region_size and use_mfs_head or add_l4_losses", lambda c: c.has_region_slate),
     ("region_prior_decay", "region_size, region_slate_include_prior",
      lambda c: c.has_region_slate and c.region_slate_include_prior),
@@ -724,7 +732,7 @@ class GPT(nn.Module):
         shown = slice(-1, None) if run.targets is None or is_chunked else slice(None)
         context = self.context(h, run)
         if self.head is not None:
-            context_of_head = context if self.config.has_region_slate else None
+            context_of_head = context if self.config.head_reads_slate else None
             logits, chunked = self.head.predict(h, context_of_head, run, shown, is_chunked)
         else:
             logits = F.linear(h[:, shown], run.weight) if self.lm_head is None else self.lm_head(h[:, shown])
@@ -738,8 +746,7 @@ class GPT(nn.Module):
 
     def context(self, h, run):
         """The context summary (B, T, C) of final hidden states h (B, T, C), or None where nothing reads it."""
-        in_head = self.config.has_region_slate and self.config.has("reads_context")
-        if not (in_head or (self.ae is not None and run.training and run.targets is not None)):
+        if not (self.config.head_reads_slate or (self.ae is not None and run.training and run.targets is not None)):
             return None
         context = self.slate(h, run.state)
         if self.config.region_slate_include_error:
@@ -2824,7 +2831,8 @@ class WindowLinear(nn.Module):
 # K can; the first of them has P facets, of which token v uses number v mod P.
 #   q = gelu(sum_{j <= mfs_window} W_j [x^{n-L+1}; ..; x^n]_{t-j}),  L = mfs_layers top layers
 #   f_i = h + A_i [h; q], i = 1 .. P + K - 1, A_i near 0;  prior = softmax(B [h; q]);  p = sum_k prior_k softmax_k
-# h is the final norm's output; A_i + [I | 0] is the paper's projection. With regions A_i and B read [summary; q].
+# h is the final norm's output; A_i + [I | 0] is the paper's projection. With regions, or mfs_slate, A_i and B read
+# [summary; q].
 # Cost: K heads instead of one and (L (mfs_window + 1) + 2 (P + K - 1)) C^2 weights: 21 C^2, where a block has 12 C^2.
 # Source: Chang & McCallum, ACL 2022; mixtures of softmaxes: Yang et al. 2018, arXiv 1711.03953.
 
@@ -2984,7 +2992,7 @@ class RegionSummary(nn.Module):
 def context_summary(config, blocks):
     """What the flags ask for: regions (over the cells of the last layer that has any), a plain window, or None."""
     if not config.has_region_slate:
-        return ContextSummary(config) if config.add_l4_losses else None
+        return ContextSummary(config) if config.add_l4_losses or config.mfs_slate else None
     cells = [block.attn.cells for block in blocks if getattr(block.attn, "cells", None) is not None]
     return RegionSummary(config, cells[-1] if cells else Cells(config, config.n_layer - 1))
 

@@ -138,6 +138,14 @@ VARIANTS = {
     "l4": {"add_l4_losses": True, "ae_window": 3, "ae_dim": 5, "slate_window": 4, "l4_loss_weight": 0.2},
     "l4_regions": {"add_l4_losses": True, "region_size": 2, "region_slate_include_prior": False, **CELLS},
     "mfs_l4": {"use_mfs_head": True, "mfs_layers": 2, "add_l4_losses": True, "loss_chunk": 40},
+    "mfs_slate": {"use_mfs_head": True, "mfs_layers": 2, "mfs_slate": True, "slate_window": 5},
+    "mfs_slate_l4": {
+        "use_mfs_head": True,
+        "mfs_layers": 2,
+        "mfs_slate": True,
+        "add_l4_losses": True,
+        "loss_chunk": 40,
+    },
     "mfs_regions": {"use_mfs_head": True, "mfs_layers": 2, "region_size": 2, **CELLS},
     "mfs_l4_regions": {
         "use_mfs_head": True,

@@ -17,6 +17,7 @@ from model import (
     DecodingState,
     GPTConfig,
     MFSHead,
+    Pass,
     RegionSummary,
     SlidingWindowAE,
     WindowLinear,
@@ -236,6 +237,26 @@ def test_reads_the_window_and_the_slate():
             wanted = (head.facets(joined).view(2, 6, 8)) + h[:, t, None]
             assert torch.allclose(facets[:, t], wanted, atol=1e-12)
             assert torch.allclose(log_prior[:, t], head.prior(joined).log_softmax(-1), atol=1e-12)
+
+
+@pytest.mark.parametrize("with_ae", [False, True])
+def test_mfs_slate_is_the_mean_of_the_last_states(with_ae):
+    """The whole model against one without the flag whose head is called by hand with the means."""
+    flags = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 13, "block_size": 12, "use_mfs_head": True}
+    flags |= {"mfs_layers": 2, "add_l4_losses": with_ae}
+    torch.manual_seed(0)
+    on = GPT(GPTConfig(**flags, mfs_slate=True, slate_window=4)).double().eval()
+    off = GPT(GPTConfig(**flags)).double().eval()
+    off.load_state_dict(on.state_dict())
+    for model in (on, off):
+        torch.nn.init.normal_(model.mfs.facets.weight, std=0.5, generator=torch.Generator().manual_seed(1))
+    idx = torch.randint(13, (3, 12), generator=torch.Generator().manual_seed(0))
+    run = Pass(idx, idx)
+    h = off.final_norm(off.trunk(off.embed(run), run), run)
+    means = torch.stack([h[:, max(0, t - 3) : t + 1].mean(1) for t in range(12)], 1)
+    torch.testing.assert_close(on(idx, idx)[0], off.mfs(run.hiddens, h, run.weight, means))
+    assert (on(idx, idx)[0] - off(idx, idx)[0]).abs().max() > 1e-3
+    assert torch.equal(on(idx, idx)[0][:, 0], off(idx, idx)[0][:, 0])  # a mean of one
 
 
 @pytest.mark.parametrize("sizes", [(1,) * 9, (4, 1, 4), (7, 2)])
@@ -499,6 +520,8 @@ def test_compiles():
         ({"add_l4_losses": True, "l4_loss_weight": 0.0}, "l4_loss_weight"),
         ({"add_l4_losses": True, "region_size": 2, "slate_window": 4}, "slate_window"),
         ({"use_mfs_head": True, "slate_window": 4}, "slate_window"),
+        ({"mfs_slate": True}, "use_mfs_head"),
+        ({"use_mfs_head": True, "mfs_slate": True, "region_size": 2}, "region_size=0"),
         ({"use_mfs_head": True, "region_size": 2, "region_slate_include_error": True}, "add_l4_losses"),
         ({"add_l4_losses": True, "region_prior_decay": 0.5}, "region_size"),
         (
