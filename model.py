@@ -168,6 +168,7 @@ class GPTConfig:
     spectral_refresh: int = 100  # optimiser steps between eigen-decompositions
     # -- residual wiring ----------------------------------------------------------------------------------------------
     gated_blocks: bool = False  # a learned scalar, 1 at first, on each sublayer's output
+    adjacent_possible: float = 0.0  # rho > 0: a sublayer moves a token's x by at most rho |x|; 0 = off
     use_mhc: bool = False  # hyper-connections: several residual streams, mixed by each sublayer
     mhc_streams: int = 4  # residual streams
     mhc_sinkhorn_iters: int = 20  # how often rows and columns are normalised
@@ -314,7 +315,7 @@ class GPTConfig:
 RANGES = {  # flags: the interval of their values; nan lies in none
     "block_size vocab_size n_layer n_head n_embd": "[1, inf)",
     "dropout bio_threshold region_prior_decay htm_meta_decay": "[0, 1)",
-    "init_gain logit_softcap short_conv n_kv_head geodesic_weight": "[0, inf)",
+    "init_gain logit_softcap short_conv n_kv_head geodesic_weight adjacent_possible": "[0, inf)",
     "bio_omega": "(-inf, inf)",
     "bio_compartments bio_dendrite_dim": "[0, inf)",
     "bio_target_sparsity": "(0, 1)",
@@ -2615,24 +2616,36 @@ class SpectralDecomposition(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Residual wiring: what a sublayer f reads from the residual stream, and how its output returns.
-#   Plain: x + gate f(x). Hyper-connections: n streams x (B, T, n, C), x' = H_res x + H_post f(H_pre x), coefficients of
-#   each token made from its streams. "mhc": H_pre = sigmoid, H_post = 2 sigmoid, H_res doubly stochastic by Sinkhorn's
-#   iteration, columns last, so that it keeps the streams' mean and never amplifies. "hc": unconstrained.
+#   Plain: x + gate f(x). Adjacent possible: x + y min(1, rho |x| / |y|), y = gate f(x).
+#   Hyper-connections: n streams x (B, T, n, C), x' = H_res x + H_post f(H_pre x), coefficients of each token made from
+#   its streams. "mhc": H_pre = sigmoid, H_post = 2 sigmoid, H_res doubly stochastic by Sinkhorn's iteration, columns
+#   last, so that it keeps the streams' mean and never amplifies. "hc": unconstrained.
 #   Layer aggregation mixes the layers' outputs, or the means of their streams.
 # Cost: n residual streams of activations; per token and sublayer, 2 n^2 (n + 2) C FLOPs for the coefficients
 # and 2 n (n + 2) C for mixing. Sources: Xie et al. 2025, arXiv 2512.24880; Zhu et al. 2024, arXiv 2409.19606;
 # DenseFormer, Pagliardini et al. 2024, arXiv 2402.02622; scalar mix, Peters et al. 2018, arXiv 1802.05365.
 
 
+def within_reach(y, x, rho):
+    """y min(1, rho |x| / |y|) for steps y from points x, (..., C) each; y itself for rho 0. Finite gradients at 0."""
+    if not rho:
+        return y
+    x_norm, y_norm = (torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=sum_dtype(z)) for z in (x, y))
+    is_far = y_norm > rho * x_norm
+    share = torch.where(is_far, rho * x_norm / torch.where(is_far, y_norm, 1.0), 1.0)
+    return y * share.to(y.dtype)
+
+
 class Residual(nn.Module):
-    """x + f(x), or x + gate f(x) with a learned gate."""
+    """x + f(x), or x + gate f(x) with a learned gate; no further than rho |x| from x."""
 
     def __init__(self, config):
         super().__init__()
         self.gate = nn.Parameter(torch.ones(())) if config.gated_blocks else None
+        self.rho = config.adjacent_possible
 
     def forward(self, x, f):
-        return x + f(x) if self.gate is None else x + self.gate * f(x)
+        return x + within_reach(f(x) if self.gate is None else self.gate * f(x), x, self.rho)
 
 
 class HyperConnections(nn.Module):
@@ -2646,6 +2659,7 @@ class HyperConnections(nn.Module):
         super().__init__()
         n, C = config.mhc_streams, config.n_embd
         self.n, self.iters, self.constrained = n, config.mhc_sinkhorn_iters, config.hc_mode == "mhc"
+        self.rho = config.adjacent_possible
         self.mixes = index + 1 < sublayers or not self.constrained
         own = torch.arange(n) == index % n
         if self.constrained:
@@ -2674,7 +2688,7 @@ class HyperConnections(nn.Module):
         if self.training and res is not None:
             self.measure(res.detach().unflatten(0, (B, T)))
         h, x = mix(x, pre, res)
-        y = f(h.view(B, T, C)).flatten(0, 1)
+        y = within_reach(f(h.view(B, T, C)).flatten(0, 1), h, self.rho)
         return spread(x, y, post, in_place=res is not None).view(B, T, n, C)
 
     def weights(self, x):

@@ -231,6 +231,8 @@ VARIANTS = {
         **LOCAL,
     },
     "gated_blocks": {"gated_blocks": True},
+    "adjacent_possible": {"adjacent_possible": 0.3},
+    "adjacent_possible_mhc": {"adjacent_possible": 0.2, "use_mhc": True, "gated_blocks": True},
     "mhc": {"use_mhc": True},
     "mhc_2_streams_gated": {"use_mhc": True, "mhc_streams": 2, "mhc_sinkhorn_iters": 5, "gated_blocks": True},
     "hc": {"use_mhc": True, "hc_mode": "hc"},

@@ -60,6 +60,7 @@ VALUES = {
     "n_eigenvectors": [4],
     "spectral_landmarks": [16],
     "spectral_refresh": [3],
+    "adjacent_possible": [0.3],
     "mhc_streams": [2],
     "mhc_sinkhorn_iters": [5],
     "loss_chunk": [40],
