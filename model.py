@@ -91,6 +91,7 @@ class GPTConfig:
     # -- token mixers -------------------------------------------------------------------------------------------------
     attn_mode: str = "softmax"  # "softmax" | "sigmoid" | "fhn" (waves) | "kaufmann" | "gla", "gdn" (linear attention)
     use_kaufmann_attention: bool = False  # the same as attn_mode="kaufmann"
+    kaufmann_resonance: bool = False  # a learned wave of the position, from Ramanujan sums, scales kaufmann's stimulus
     attn_pattern: str = ""  # mixers that layers take in turn, as in "fhn,fhn,softmax"; empty = attn_mode everywhere
     sigmoid_bias_mode: Literal["neg_log_n", "neg_log_i", "zero", "learned"] = "neg_log_n"  # n block_size, i keys seen
     # -- channel mixers -----------------------------------------------------------------------------------------------
@@ -348,6 +349,7 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("n_kv_head", "a layer of attention", lambda c: c.has("has_scores")),
     # -- token mixers
     ("sigmoid_bias_mode ste_sigmoid", "a sigmoid layer", lambda c: c.has("has_sigmoid")),
+    ("kaufmann_resonance", "a kaufmann layer", lambda c: c.has("has_resonance")),
     ("fuse_attn_local", "a softmax layer", lambda c: c.has("takes_local_backward")),
     # -- channel mixers
     ("mlp_act mlp_topk ste_gelu htm_meta_strength", "the plain MLP", lambda c: c.channel_mixer == "mlp"),
@@ -1734,23 +1736,41 @@ class FHNAttention(nn.Module):
 # Token mixer: Kaufmann attention, Propagate(Topology(q, k) . Landscape(v)). Knot-gated attention over landscape values
 # stimulates an excitable medium, which carries it along the tokens:
 #   I = attention over the knotted cells of WaveKAN(norm(v)), y = (fhn(I; q, k) - rest) silu(q); (B, T, C) -> (B, T, C)
-# Cost: that of knots, waves and one C x C WaveKAN layer. The decomposition is known from public code under this name;
-# the equations are ours.
+# Resonance: I_t <- I_t (1 + tanh(g) W r_t), r_t the row of position t in the table above, g a number that starts at 0.
+# Cost: that of knots, waves and one C x C WaveKAN layer, and 124 C for a position's W r_t. The decomposition is known
+# from public code under this name; the equations are ours.
+
+
+class Resonance(RamanujanPositions):
+    """stimulus (B, T, C) times 1 + tanh(g) W r_t, t = past, past + 1, ...; W r_t has unit variance at first."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.g = nn.Parameter(torch.zeros(()))  # no effect at first; W is not 0, or g would have no gradient
+
+    def init_own(self):
+        nn.init.normal_(self.proj.weight)
+
+    def forward(self, stimulus, past=0):
+        return stimulus * (1 + torch.tanh(self.g) * super().forward(stimulus.size(1), past))
 
 
 class KaufmannAttention(CausalSelfAttention):
-    has_knots = has_waves = has_wavelets = True
+    has_knots = has_waves = has_wavelets = has_resonance = True
     takes_knots = has_forward_mode = takes_learning_rules = takes_local_backward = False
 
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
         self.landscape = wavelet_map(config.n_embd, config.n_embd, config)
+        self.resonance = Resonance(config) if config.kaufmann_resonance else None
         self.medium = FHNMedium(config)
 
     def forward(self, x, run=ALONE):
         q, k, v = self.project(x, run)  # (B, T, C)
         landscape = self.landscape(F.layer_norm(v, v.shape[-1:])).to(v.dtype)  # float32 under autocast
         stimulus = self.mix(x, q, k, landscape, run)
+        if self.resonance is not None:
+            stimulus = self.resonance(stimulus, run.past)
         return self.resid_dropout(self.c_proj(self.medium(stimulus, q, k, run.state) * F.silu(q)))
 
 
@@ -1843,9 +1863,9 @@ class GatedDeltaRule(GatedLinearAttention):
 
 # A mixer declares what it can do in class attributes, which GPTConfig reads; what it does not declare it cannot do:
 #   has_scores (queries and keys: RoPE, cells, spectra), takes_knots (use_knot_attention), has_knots (always),
-#   has_sigmoid, takes_local_backward (fuse_attn_local), has_waves, has_wavelets, has_columns (c_attn and c_proj, for
-#   HTM), has_values (short_conv at b, value_embeds), takes_learning_rules (all products are linear layers'),
-#   has_forward_mode (GrAPE under dfa)
+#   has_sigmoid, takes_local_backward (fuse_attn_local), has_waves, has_wavelets, has_resonance, has_columns (c_attn
+#   and c_proj, for HTM), has_values (short_conv at b, value_embeds), takes_learning_rules (all products are linear
+#   layers'), has_forward_mode (GrAPE under dfa)
 MIXERS = {
     "softmax": CausalSelfAttention,
     "sigmoid": SigmoidAttention,

@@ -92,6 +92,7 @@ VARIANTS = {
     "fhn_linear": {"attn_mode": "fhn", "fhn_dynamics": "linear"},
     "fhn_partitioned": {"attn_mode": "fhn", "use_fhn_partitioning": True, "fhn_partitions": 3},
     "kaufmann": {"use_kaufmann_attention": True, **KNOTS},
+    "kaufmann_resonance": {"use_kaufmann_attention": True, "kaufmann_resonance": True, **KNOTS},
     "kaufmann_pattern": {
         "attn_pattern": "kaufmann,fhn",
         "use_ferope": True,

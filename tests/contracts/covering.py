@@ -108,6 +108,7 @@ WAVELETS = [{"use_kan": True}, {"attn_mode": "kaufmann"}, {"attn_pattern": "kauf
 ON = {
     "vq_per_block": [{"vq_codes": 2048}],
     "short_conv_at": [{"short_conv": 3}],
+    "kaufmann_resonance": KNOTS[1:],
     "sigmoid_bias_mode ste_sigmoid": SIGMOID,
     "kan_wavelet kan_edges kan_bank": WAVELETS,
     "kan_match_params": [{"use_kan": True}],
