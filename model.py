@@ -190,6 +190,8 @@ class GPTConfig:
     l4_loss_weight: float = 0.1  # weight of its two losses in the objective
     ae_window: int = 8  # hidden states that it encodes
     ae_dim: int = 0  # its bottleneck; 0 = n_embd // 4
+    aux_heads: str = ""  # layers, as in "2,4", from whose outputs the head also predicts the next token, in training
+    aux_heads_weight: float = 0.1  # weight of each of these losses in the objective
     slate_window: int = 8  # hidden states whose mean is the context summary, where there are no regions
     # -- learning rules -----------------------------------------------------------------------------------------------
     method: Literal["bp", "fa", "dfa", "sign_sym"] = "bp"  # learning rule: backpropagation | feedback alignment | ...
@@ -337,7 +339,7 @@ RANGES = {  # flags: the interval of their values; nan lies in none
     "mhc_sinkhorn_iters": "[1, inf)",
     "mfs_K mfs_P mfs_layers ae_window slate_window": "[1, inf)",
     "loss_chunk mfs_window mfs_lowrank_r ae_dim": "[0, inf)",
-    "knot_threshold l4_loss_weight": "(0, inf)",
+    "knot_threshold l4_loss_weight aux_heads_weight": "(0, inf)",
     "fa_sparse_k fa_calibrate_every freeze_blocks mlp_topk resid_topk vq_codes subspace_rank": "[0, inf)",
     "fa_grape_every fa_grape_n_probe": "[1, inf)",
     "fa_grape_lr": "(0, 1]",
@@ -394,6 +396,7 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("mfs_K mfs_P mfs_layers mfs_window mfs_lowrank_r", "use_mfs_head", lambda c: c.use_mfs_head),
     ("l4_loss_weight ae_window ae_dim", "add_l4_losses", lambda c: c.add_l4_losses),
     ("mfs_slate", "use_mfs_head and region_size=0", lambda c: c.has("reads_context") and not c.region_size),
+    ("aux_heads_weight", "aux_heads", lambda c: c.aux_heads),
     ("slate_window", "add_l4_losses or mfs_slate, and region_size=0",
      lambda c: (c.add_l4_losses or c.mfs_slate) and not c.region_size),
     ("region_slate_include_prior", "region_size and use_mfs_head or add_l4_losses", lambda c: c.has_region_slate),
@@ -456,6 +459,8 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
     (lambda c: c.use_mfs_head and (c.mfs_layers > c.n_layer or c.mfs_P > c.vocab_size),
      "mfs_layers={mfs_layers} must be at most n_layer={n_layer}, mfs_P={mfs_P} at most vocab_size={vocab_size}"),
     (lambda c: sum(getattr(c, f"use_{name}_head") for name in HEADS) > 1, "several flags use_NAME_head: keep one"),
+    (lambda c: c.aux_heads != ",".join(n for n in map(str, range(1, c.n_layer)) if n in c.aux_heads.split(",")),
+     "aux_heads={aux_heads!r}: layers below n_layer={n_layer}, counted from 1, in order, without spaces, as in '2,4'"),
     (lambda c: c.use_mla and c.mla_mode == "scalar" and c.n_layer < 2,
      'mla_mode="scalar" mixes layers: n_layer={n_layer} must be at least 2'),
     (lambda c: c.use_mhc and c.changed("resid_topk", "vq_codes", "vq_lattice", "subspace_rank"),
@@ -467,10 +472,10 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
      "freeze_blocks={freeze_blocks}: with zero_init_proj frozen blocks would add nothing"),
     (lambda c: (c.method != "bp" or c.freeze_emb) and c.tie_weights,
      "method={method} and freeze_emb={freeze_emb} need tie_weights=False: the head would move the embedding"),
-    (lambda c: c.method != "bp" and (c.changed("loss_chunk", "add_l4_losses", "use_sdr", "use_mhc")
+    (lambda c: c.method != "bp" and (c.changed("loss_chunk", "add_l4_losses", "aux_heads", "use_sdr", "use_mhc")
                                      or not c.all_have("takes_learning_rules")),
-     "use_kan, use_bio_mlp, use_sdr, use_mhc, kaufmann layers, loss_chunk, use_mfs_head, add_l4_losses: they multiply "
-     'outside of linear layers and need method="bp", not {method}'),
+     "use_kan, use_bio_mlp, use_sdr, use_mhc, kaufmann layers, loss_chunk, use_mfs_head, add_l4_losses, aux_heads "
+     'multiply outside of linear layers and need method="bp", not {method}'),
     (lambda c: c.method != "bp" and c.htm_meta_strength, 'htm_meta_strength scales columns: write method="bp"'),
     (lambda c: c.method == "dfa" and (c.has_spectrum or c.use_mla or c.x0_skip),
      "spectral coordinates, use_mla and x0_skip reach around dfa's cuts: set skip_manifold_spectral, leave those out"),
@@ -612,6 +617,7 @@ class GPT(nn.Module):
         for name, head in HEADS.items():
             setattr(self, name, head(config) if name == config.head else None)
         self.ae = SlidingWindowAE(config) if config.add_l4_losses else None
+        self.aux = LayerLosses(config) if config.aux_heads else None
         self.slate = context_summary(config, parts["h"])
         self.htm = ColumnMeta(config, parts["h"]) if config.htm_meta_strength else None
         self.dfa = DirectFeedback(config) if config.method == "dfa" else None
@@ -719,6 +725,8 @@ class GPT(nn.Module):
                 x = run.cut(x, "block")
             if self.mla is not None:
                 x = self.mla(x, outputs)
+            if self.aux is not None:
+                self.aux.add_loss(x, layer, self.transformer.ln_f, run)
             if n_read:
                 run.hiddens = [*run.hiddens, stream_mean(x)][-n_read:]
         return stream_mean(x)
@@ -2952,6 +2960,37 @@ def language_model_loss(logits, chunked, run):
     if run.on_token_loss is not None:
         run.on_token_loss(each.flatten(), targets)
     return loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Auxiliary heads: the next token from the output x^l (B, T, C) of layers below the last, through the final norm and the
+# output embedding E that all layers share: -log softmax(E norm(x^l_t))[targets_t], in training only.
+# Cost: a second linear head per layer in training, no parameters, nothing in evaluation. Deeply supervised nets, Lee et
+# al. 2015, arXiv 1409.5185; on a character transformer's layers, Al-Rfou et al. 2019, arXiv 1808.04444.
+
+
+class LayerLosses(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = [int(layer) for layer in config.aux_heads.split(",")]  # counted from 1
+        self.loss_weight, self.chunk, self.cap = config.aux_heads_weight, config.loss_chunk, config.logit_softcap
+        self.head_size = config.vocab_size * config.n_embd
+
+    def add_loss(self, x, layer, norm, run):
+        """Leave "aux_LAYER" in run.losses, from that layer's output x, (B, T, C) or streams (B, T, n, C)."""
+        if layer not in self.layers or not run.training or run.targets is None:
+            return
+        h = norm(stream_mean(x))
+        if self.cap:
+            logits = softcap(F.linear(h, run.weight), self.cap)
+            loss = F.cross_entropy(logits.flatten(0, 1), run.targets.flatten(), ignore_index=-1)
+        else:
+            loss = chunked_cross_entropy(h, run.weight, run.targets, self.chunk)
+        run.losses[f"aux_{layer}"] = (self.loss_weight, loss)
+
+    def flops_per_token(self, T):
+        """Forward FLOPs in training: a linear head per layer."""
+        return 2 * len(self.layers) * self.head_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -158,6 +158,17 @@ VARIANTS = {
         "htm_meta_strength": 0.5,
         **CELLS,
     },
+    "aux_heads": {"aux_heads": "1"},
+    "aux_heads_all": {
+        "aux_heads": "1,2",
+        "n_layer": 3,
+        "aux_heads_weight": 0.3,
+        "use_mhc": True,
+        "use_mfs_head": True,
+        "mfs_layers": 2,
+        "loss_chunk": 40,
+    },
+    "aux_heads_softcap": {"aux_heads": "1", "logit_softcap": 15.0, "use_mla": True},
     "manifold_sphere": {"use_manifold": True, "manifold_dim": 5, "skip_manifold_spectral": True},
     "manifold_e7": {"use_manifold": True, "manifold": "e7", "skip_manifold_spectral": True},
     "manifold_rotor": {

@@ -323,6 +323,46 @@ def test_costs_at_most_twice_the_linear_head():
     assert 1.5 < ratio < 2
 
 
+# Auxiliary heads ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [{}, {"loss_chunk": 7}, {"logit_softcap": 3.0}, {"use_mhc": True}, {"use_mla": True}])
+def test_auxiliary_heads_by_hand(flags):
+    """Losses and gradients from the layers' outputs, as the next layers read them, in plain formulas."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 4, "n_head": 2, "n_embd": 16, "vocab_size": 13, "block_size": 12}
+    model = GPT(GPTConfig(**sizes, aux_heads="1,3", aux_heads_weight=0.25, **flags)).double()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    idx = torch.randint(13, (3, 12))
+    targets = torch.where(torch.rand(3, 12) < 0.2, -1, idx.roll(-1, 1))
+    read = {}
+    for block, layer in zip(model.transformer.h[1:], (1, 2, 3)):
+        block.register_forward_pre_hook(lambda _, x, layer=layer: read.__setitem__(layer, x[0]))
+    _, loss = model(idx, targets)
+    cap, losses = flags.get("logit_softcap"), [model.losses["lm"]]
+    for layer in (1, 3):
+        x = read[layer].mean(2) if "use_mhc" in flags else read[layer]
+        logits = model.transformer.ln_f(x) @ model.transformer.wte.weight.T
+        log_p = (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(-1)
+        picked = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        losses.append(-picked[targets != -1].mean())
+        torch.testing.assert_close(model.losses[f"aux_{layer}"], losses[-1].detach())
+    assert set(model.losses) == {"lm", "aux_1", "aux_3"}
+    torch.testing.assert_close(loss, losses[0] + 0.25 * (losses[1] + losses[2]))
+    plain = GPT(GPTConfig(**sizes, **flags)).double()
+    plain.load_state_dict(model.state_dict())
+    parameters = list(model.parameters())
+    got = torch.autograd.grad(loss, parameters, retain_graph=True)
+    lm = torch.autograd.grad(plain(idx, targets)[1], list(plain.parameters()))
+    aux = torch.autograd.grad(0.25 * (losses[1] + losses[2]), parameters, allow_unused=True)
+    for g, a, b in zip(got, lm, aux):
+        torch.testing.assert_close(g, a if b is None else a + b, atol=1e-10, rtol=1e-7)
+    model.eval(), plain.eval()
+    for a, b in zip(model(idx, targets), plain(idx, targets)):
+        assert torch.equal(a, b)
+
+
 # Windows and slates -------------------------------------------------------------------------------------------------
 
 
@@ -521,6 +561,13 @@ def test_compiles():
         ({"add_l4_losses": True, "region_size": 2, "slate_window": 4}, "slate_window"),
         ({"use_mfs_head": True, "slate_window": 4}, "slate_window"),
         ({"mfs_slate": True}, "use_mfs_head"),
+        ({"aux_heads_weight": 0.5}, "aux_heads"),
+        ({"aux_heads": "0"}, "aux_heads='0'"),
+        ({"aux_heads": "12"}, "n_layer=12"),
+        ({"aux_heads": "4,2"}, "in order"),
+        ({"aux_heads": "two"}, "counted from 1"),
+        ({"aux_heads": "2", "aux_heads_weight": 0.0}, "aux_heads_weight"),
+        ({"aux_heads": "2", "method": "fa", "tie_weights": False}, "aux_heads"),
         ({"use_mfs_head": True, "mfs_slate": True, "region_size": 2}, "region_size=0"),
         ({"use_mfs_head": True, "region_size": 2, "region_slate_include_error": True}, "add_l4_losses"),
         ({"add_l4_losses": True, "region_prior_decay": 0.5}, "region_size"),
