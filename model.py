@@ -93,12 +93,13 @@ class GPTConfig:
     # -- token mixers -------------------------------------------------------------------------------------------------
     attn_mode: str = "softmax"  # "softmax" | "sigmoid" | "fhn" (waves) | "kaufmann" | "gla", "gdn" (linear attention)
     use_kaufmann_attention: bool = False  # the same as attn_mode="kaufmann"
+    kaufmann_resonance: bool = False  # a learned wave of the position, from Ramanujan sums, scales kaufmann's stimulus
     attn_pattern: str = ""  # mixers that layers take in turn, as in "fhn,fhn,softmax"; empty = attn_mode everywhere
     sigmoid_bias_mode: Literal["neg_log_n", "neg_log_i", "zero", "learned"] = "neg_log_n"  # n block_size, i keys seen
     # -- channel mixers -----------------------------------------------------------------------------------------------
     use_swiglu: bool = False  # silu(W1 x) * W3 x for the MLP, with as many parameters
     use_kan: bool = False  # learned wavelets in place of the MLP's activation (WaveKAN)
-    kan_wavelet: Literal["mex", "dog", "morlet"] = "mex"  # Mexican hat | derivative of a Gaussian | real Morlet
+    kan_wavelet: Literal["mex", "dog", "gaus1", "morlet"] = "mex"  # hat | difference, derivative of Gaussians | Morlet
     kan_edges: Literal["shared", "edge"] = "shared"  # wavelets per channel, then a matrix | per edge, published; slow
     kan_bank: int = 2  # wavelets per channel
     kan_match_params: bool = True  # hidden width such that parameters equal the MLP's; False = 4 n_embd
@@ -171,6 +172,7 @@ class GPTConfig:
     spectral_refresh: int = 100  # optimiser steps between eigen-decompositions
     # -- residual wiring ----------------------------------------------------------------------------------------------
     gated_blocks: bool = False  # a learned scalar, 1 at first, on each sublayer's output
+    adjacent_possible: float = 0.0  # rho > 0: a sublayer moves a token's x by at most rho |x|; 0 = off
     use_mhc: bool = False  # hyper-connections: several residual streams, mixed by each sublayer
     mhc_streams: int = 4  # residual streams
     mhc_sinkhorn_iters: int = 20  # how often rows and columns are normalised
@@ -186,11 +188,14 @@ class GPTConfig:
     mfs_layers: int = 3  # top layers that it reads
     mfs_window: int = 2  # positions before the current one that it reads too
     mfs_lowrank_r: int = 0  # rank of the facets' projections; 0 = full
+    mfs_slate: bool = False  # without regions it reads the mean of the last slate_window states for the last state
     add_l4_losses: bool = False  # in training, an auto-encoder of hidden states that also predicts the token after next
     l4_loss_weight: float = 0.1  # weight of its two losses in the objective
     ae_window: int = 8  # hidden states that it encodes
     ae_dim: int = 0  # its bottleneck; 0 = n_embd // 4
-    slate_window: int = 8  # hidden states whose mean is the auto-encoder's context summary, where there are no regions
+    aux_heads: str = ""  # layers, as in "2,4", from whose outputs the head also predicts the next token, in training
+    aux_heads_weight: float = 0.1  # weight of each of these losses in the objective
+    slate_window: int = 8  # hidden states whose mean is the context summary, where there are no regions
     # -- learning rules -----------------------------------------------------------------------------------------------
     method: Literal["bp", "fa", "dfa", "sign_sym"] = "bp"  # learning rule: backpropagation | feedback alignment | ...
     frozen_seed: int = 1337  # seed of everything random that is never trained: feedback, codes, subspaces
@@ -214,6 +219,7 @@ class GPTConfig:
     mlp_topk: int = 0  # hidden units of an MLP that stay active, the largest by magnitude; 0 = all
     resid_topk: int = 0  # channels of the residual stream that survive a block, the largest by magnitude; 0 = all
     vq_codes: int = 0  # n > 0: after each block, the nearest of n frozen directions, magnitude kept; 0 = off
+    vq_per_block: bool = False  # each block has its own n directions; False = all blocks share them
     vq_lattice: Literal["", "e7"] = ""  # off | after each block, groups of 7 channels go to the nearest E7 point
     subspace_rank: int = 0  # n > 0: after each block, a projection onto one frozen n-dimensional subspace; 0 = off
     # -- meta-updates -------------------------------------------------------------------------------------------------
@@ -314,6 +320,11 @@ class GPTConfig:
         return bool(self.region_size) and (self.has("reads_context") or self.add_l4_losses)
 
     @property
+    def head_reads_slate(self):
+        """Whether the context summary conditions the head, besides the auto-encoder."""
+        return self.has("reads_context") and (self.has_region_slate or self.mfs_slate)
+
+    @property
     def has_spectrum(self):
         """Whether spectral coordinates are added to queries and keys."""
         return self.use_manifold and not self.skip_manifold_spectral
@@ -324,7 +335,7 @@ class GPTConfig:
 RANGES = {  # flags: the interval of their values; nan lies in none
     "block_size vocab_size n_layer n_head n_embd": "[1, inf)",
     "dropout bio_threshold region_prior_decay htm_meta_decay": "[0, 1)",
-    "init_gain logit_softcap short_conv n_kv_head geodesic_weight": "[0, inf)",
+    "init_gain logit_softcap short_conv n_kv_head geodesic_weight adjacent_possible": "[0, inf)",
     "bio_omega": "(-inf, inf)",
     "bio_compartments bio_dendrite_dim": "[0, inf)",
     "bio_target_sparsity": "(0, 1)",
@@ -345,7 +356,7 @@ RANGES = {  # flags: the interval of their values; nan lies in none
     "mhc_sinkhorn_iters": "[1, inf)",
     "mfs_K mfs_P mfs_layers ae_window slate_window": "[1, inf)",
     "loss_chunk mfs_window mfs_lowrank_r ae_dim": "[0, inf)",
-    "knot_threshold l4_loss_weight": "(0, inf)",
+    "knot_threshold l4_loss_weight aux_heads_weight": "(0, inf)",
     "fa_sparse_k fa_calibrate_every freeze_blocks mlp_topk resid_topk vq_codes subspace_rank": "[0, inf)",
     "fa_grape_every fa_grape_n_probe": "[1, inf)",
     "fa_grape_lr": "(0, 1]",
@@ -357,6 +368,7 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("n_kv_head", "a layer of attention", lambda c: c.has("has_scores")),
     # -- token mixers
     ("sigmoid_bias_mode ste_sigmoid", "a sigmoid layer", lambda c: c.has("has_sigmoid")),
+    ("kaufmann_resonance", "a kaufmann layer", lambda c: c.has("has_resonance")),
     ("fuse_attn_local", "a softmax layer", lambda c: c.has("takes_local_backward")),
     # -- channel mixers
     ("mlp_act mlp_topk ste_gelu htm_meta_strength", "the plain MLP", lambda c: c.channel_mixer == "mlp"),
@@ -400,7 +412,10 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("mla_mode", "use_mla", lambda c: c.use_mla),
     ("mfs_K mfs_P mfs_layers mfs_window mfs_lowrank_r", "use_mfs_head", lambda c: c.use_mfs_head),
     ("l4_loss_weight ae_window ae_dim", "add_l4_losses", lambda c: c.add_l4_losses),
-    ("slate_window", "add_l4_losses and region_size=0", lambda c: c.add_l4_losses and not c.region_size),
+    ("mfs_slate", "use_mfs_head and region_size=0", lambda c: c.has("reads_context") and not c.region_size),
+    ("aux_heads_weight", "aux_heads", lambda c: c.aux_heads),
+    ("slate_window", "add_l4_losses or mfs_slate, and region_size=0",
+     lambda c: (c.add_l4_losses or c.mfs_slate) and not c.region_size),
     ("region_slate_include_prior", "region_size and use_mfs_head or add_l4_losses", lambda c: c.has_region_slate),
     ("region_prior_decay", "region_size, region_slate_include_prior",
      lambda c: c.has_region_slate and c.region_slate_include_prior),
@@ -416,6 +431,7 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("fa_grape_every fa_grape_n_probe fa_grape_lr", "fa_grape", lambda c: c.fa_grape),
     ("fa_calibrate_every", 'a method other than "bp"', lambda c: c.method != "bp"),
     ("frozen_seed", "method, vq_codes or subspace_rank", lambda c: c.method != "bp" or c.vq_codes or c.subspace_rank),
+    ("vq_per_block", "vq_codes", lambda c: c.vq_codes),
     ("htm_meta_decay htm_meta_target", "htm_meta_strength", lambda c: c.htm_meta_strength),
 )  # fmt: skip
 CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its value
@@ -462,6 +478,8 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
     (lambda c: c.use_mfs_head and c.mfs_P > c.vocab_size,
      "mfs_P={mfs_P} must be at most vocab_size={vocab_size}"),
     (lambda c: sum(getattr(c, f"use_{name}_head") for name in HEADS) > 1, "several flags use_NAME_head: keep one"),
+    (lambda c: c.aux_heads != ",".join(n for n in map(str, range(1, c.n_layer)) if n in c.aux_heads.split(",")),
+     "aux_heads={aux_heads!r}: layers below n_layer={n_layer}, counted from 1, in order, without spaces, as in '2,4'"),
     (lambda c: c.use_mla and c.mla_mode == "scalar" and c.n_layer < 2,
      'mla_mode="scalar" mixes layers: n_layer={n_layer} must be at least 2'),
     (lambda c: c.use_mhc and c.changed("resid_topk", "vq_codes", "vq_lattice", "subspace_rank"),
@@ -473,10 +491,10 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
      "freeze_blocks={freeze_blocks}: with zero_init_proj frozen blocks would add nothing"),
     (lambda c: (c.method != "bp" or c.freeze_emb) and c.tie_weights,
      "method={method} and freeze_emb={freeze_emb} need tie_weights=False: the head would move the embedding"),
-    (lambda c: c.method != "bp" and (c.changed("loss_chunk", "add_l4_losses", "use_sdr", "use_mhc")
+    (lambda c: c.method != "bp" and (c.changed("loss_chunk", "add_l4_losses", "aux_heads", "use_sdr", "use_mhc")
                                      or not c.all_have("takes_learning_rules")),
-     "use_kan, use_bio_mlp, use_sdr, use_mhc, kaufmann layers, loss_chunk, use_mfs_head, add_l4_losses: they multiply "
-     'outside of linear layers and need method="bp", not {method}'),
+     "use_kan, use_bio_mlp, use_sdr, use_mhc, kaufmann layers, loss_chunk, use_mfs_head, add_l4_losses, aux_heads "
+     'multiply outside of linear layers and need method="bp", not {method}'),
     (lambda c: c.method != "bp" and c.htm_meta_strength, 'htm_meta_strength scales columns: write method="bp"'),
     (lambda c: c.method == "dfa" and (c.has_spectrum or c.use_mla or c.x0_skip),
      "spectral coordinates, use_mla and x0_skip reach around dfa's cuts: set skip_manifold_spectral, leave those out"),
@@ -618,6 +636,7 @@ class GPT(nn.Module):
         for name, head in HEADS.items():
             setattr(self, name, head(config) if name == config.head else None)
         self.ae = SlidingWindowAE(config) if config.add_l4_losses else None
+        self.aux = LayerLosses(config) if config.aux_heads else None
         self.slate = context_summary(config, parts["h"])
         self.htm = ColumnMeta(config, parts["h"]) if config.htm_meta_strength else None
         self.dfa = DirectFeedback(config) if config.method == "dfa" else None
@@ -720,11 +739,13 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.transformer.h, 1):
             x = block(x if self.input_skip is None else self.input_skip(x, first, layer - 1), run)
             if self.limits is not None:
-                x = self.limits(x)
+                x = self.limits(x, layer - 1)
             if layer < self.config.n_layer:
                 x = run.cut(x, "block")
             if self.mla is not None:
                 x = self.mla(x, outputs)
+            if self.aux is not None:
+                self.aux.add_loss(x, layer, self.transformer.ln_f, run)
             if n_read:
                 run.hiddens = [*run.hiddens, stream_mean(x)][-n_read:]
         return stream_mean(x)
@@ -741,7 +762,7 @@ class GPT(nn.Module):
         shown = slice(-1, None) if run.targets is None or is_chunked else slice(None)
         context = self.context(h, run)
         if self.head is not None:
-            context_of_head = context if self.config.has_region_slate else None
+            context_of_head = context if self.config.head_reads_slate else None
             logits, chunked = self.head.predict(h, context_of_head, run, shown, is_chunked)
         else:
             logits = F.linear(h[:, shown], run.weight) if self.lm_head is None else self.lm_head(h[:, shown])
@@ -755,8 +776,7 @@ class GPT(nn.Module):
 
     def context(self, h, run):
         """The context summary (B, T, C) of final hidden states h (B, T, C), or None where nothing reads it."""
-        in_head = self.config.has_region_slate and self.config.has("reads_context")
-        if not (in_head or (self.ae is not None and run.training and run.targets is not None)):
+        if not (self.config.head_reads_slate or (self.ae is not None and run.training and run.targets is not None)):
             return None
         context = self.slate(h, run.state)
         if self.config.region_slate_include_error:
@@ -1824,23 +1844,41 @@ class FHNAttention(nn.Module):
 # Token mixer: Kaufmann attention, Propagate(Topology(q, k) . Landscape(v)). Knot-gated attention over landscape values
 # stimulates an excitable medium, which carries it along the tokens:
 #   I = attention over the knotted cells of WaveKAN(norm(v)), y = (fhn(I; q, k) - rest) silu(q); (B, T, C) -> (B, T, C)
-# Cost: that of knots, waves and one C x C WaveKAN layer. The decomposition is known from public code under this name;
-# the equations are ours.
+# Resonance: I_t <- I_t (1 + tanh(g) W r_t), r_t the row of position t in the table above, g a number that starts at 0.
+# Cost: that of knots, waves and one C x C WaveKAN layer, and 124 C for a position's W r_t. The decomposition is known
+# from public code under this name; the equations are ours.
+
+
+class Resonance(RamanujanPositions):
+    """stimulus (B, T, C) times 1 + tanh(g) W r_t, t = past, past + 1, ...; W r_t has unit variance at first."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.g = nn.Parameter(torch.zeros(()))  # no effect at first; W is not 0, or g would have no gradient
+
+    def init_own(self):
+        nn.init.normal_(self.proj.weight)
+
+    def forward(self, stimulus, past=0):
+        return stimulus * (1 + torch.tanh(self.g) * super().forward(stimulus.size(1), past))
 
 
 class KaufmannAttention(CausalSelfAttention):
-    has_knots = has_waves = has_wavelets = True
+    has_knots = has_waves = has_wavelets = has_resonance = True
     takes_knots = has_forward_mode = takes_learning_rules = takes_local_backward = False
 
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
         self.landscape = wavelet_map(config.n_embd, config.n_embd, config)
+        self.resonance = Resonance(config) if config.kaufmann_resonance else None
         self.medium = FHNMedium(config)
 
     def forward(self, x, run=ALONE):
         q, k, v = self.project(x, run)  # (B, T, C)
         landscape = self.landscape(F.layer_norm(v, v.shape[-1:])).to(v.dtype)  # float32 under autocast
         stimulus = self.mix(x, q, k, landscape, run)
+        if self.resonance is not None:
+            stimulus = self.resonance(stimulus, run.past)
         return self.resid_dropout(self.c_proj(self.medium(stimulus, q, k, run.state) * F.silu(q)))
 
 
@@ -1933,9 +1971,9 @@ class GatedDeltaRule(GatedLinearAttention):
 
 # A mixer declares what it can do in class attributes, which GPTConfig reads; what it does not declare it cannot do:
 #   has_scores (queries and keys: RoPE, cells, spectra), takes_knots (use_knot_attention), has_knots (always),
-#   has_sigmoid, takes_local_backward (fuse_attn_local), has_waves, has_wavelets, has_columns (c_attn and c_proj, for
-#   HTM), has_values (short_conv at b, value_embeds), takes_learning_rules (all products are linear layers'),
-#   has_forward_mode (GrAPE under dfa)
+#   has_sigmoid, takes_local_backward (fuse_attn_local), has_waves, has_wavelets, has_resonance, has_columns (c_attn
+#   and c_proj, for HTM), has_values (short_conv at b, value_embeds), takes_learning_rules (all products are linear
+#   layers'), has_forward_mode (GrAPE under dfa)
 MIXERS = {
     "softmax": CausalSelfAttention,
     "sigmoid": SigmoidAttention,
@@ -2706,24 +2744,36 @@ class SpectralDecomposition(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Residual wiring: what a sublayer f reads from the residual stream, and how its output returns.
-#   Plain: x + gate f(x). Hyper-connections: n streams x (B, T, n, C), x' = H_res x + H_post f(H_pre x), coefficients of
-#   each token made from its streams. "mhc": H_pre = sigmoid, H_post = 2 sigmoid, H_res doubly stochastic by Sinkhorn's
-#   iteration, columns last, so that it keeps the streams' mean and never amplifies. "hc": unconstrained.
+#   Plain: x + gate f(x). Adjacent possible: x + y min(1, rho |x| / |y|), y = gate f(x).
+#   Hyper-connections: n streams x (B, T, n, C), x' = H_res x + H_post f(H_pre x), coefficients of each token made from
+#   its streams. "mhc": H_pre = sigmoid, H_post = 2 sigmoid, H_res doubly stochastic by Sinkhorn's iteration, columns
+#   last, so that it keeps the streams' mean and never amplifies. "hc": unconstrained.
 #   Layer aggregation mixes the layers' outputs, or the means of their streams.
 # Cost: n residual streams of activations; per token and sublayer, 2 n^2 (n + 2) C FLOPs for the coefficients
 # and 2 n (n + 2) C for mixing. Sources: Xie et al. 2025, arXiv 2512.24880; Zhu et al. 2024, arXiv 2409.19606;
 # DenseFormer, Pagliardini et al. 2024, arXiv 2402.02622; scalar mix, Peters et al. 2018, arXiv 1802.05365.
 
 
+def within_reach(y, x, rho):
+    """y min(1, rho |x| / |y|) for steps y from points x, (..., C) each; y itself for rho 0. Finite gradients at 0."""
+    if not rho:
+        return y
+    x_norm, y_norm = (torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=sum_dtype(z)) for z in (x, y))
+    is_far = y_norm > rho * x_norm
+    share = torch.where(is_far, rho * x_norm / torch.where(is_far, y_norm, 1.0), 1.0)
+    return y * share.to(y.dtype)
+
+
 class Residual(nn.Module):
-    """x + f(x), or x + gate f(x) with a learned gate."""
+    """x + f(x), or x + gate f(x) with a learned gate; no further than rho |x| from x."""
 
     def __init__(self, config):
         super().__init__()
         self.gate = nn.Parameter(torch.ones(())) if config.gated_blocks else None
+        self.rho = config.adjacent_possible
 
     def forward(self, x, f):
-        return x + f(x) if self.gate is None else x + self.gate * f(x)
+        return x + within_reach(f(x) if self.gate is None else self.gate * f(x), x, self.rho)
 
 
 class HyperConnections(nn.Module):
@@ -2737,6 +2787,7 @@ class HyperConnections(nn.Module):
         super().__init__()
         n, C = config.mhc_streams, config.n_embd
         self.n, self.iters, self.constrained = n, config.mhc_sinkhorn_iters, config.hc_mode == "mhc"
+        self.rho = config.adjacent_possible
         self.mixes = index + 1 < sublayers or not self.constrained
         own = torch.arange(n) == index % n
         if self.constrained:
@@ -2765,7 +2816,7 @@ class HyperConnections(nn.Module):
         if self.training and res is not None:
             self.measure(res.detach().unflatten(0, (B, T)))
         h, x = mix(x, pre, res)
-        y = f(h.view(B, T, C)).flatten(0, 1)
+        y = within_reach(f(h.view(B, T, C)).flatten(0, 1), h, self.rho)
         return spread(x, y, post, in_place=res is not None).view(B, T, n, C)
 
     def weights(self, x):
@@ -2922,7 +2973,8 @@ class WindowLinear(nn.Module):
 # K can; the first of them has P facets, of which token v uses number v mod P.
 #   q = gelu(sum_{j <= mfs_window} W_j [x^{n-L+1}; ..; x^n]_{t-j}),  L = mfs_layers top layers
 #   f_i = h + A_i [h; q], i = 1 .. P + K - 1, A_i near 0;  prior = softmax(B [h; q]);  p = sum_k prior_k softmax_k
-# h is the final norm's output; A_i + [I | 0] is the paper's projection. With regions A_i and B read [summary; q].
+# h is the final norm's output; A_i + [I | 0] is the paper's projection. With regions, or mfs_slate, A_i and B read
+# [summary; q].
 # Cost: K heads instead of one and (L (mfs_window + 1) + 2 (P + K - 1)) C^2 weights: 21 C^2, where a block has 12 C^2.
 # Source: Chang & McCallum, ACL 2022; mixtures of softmaxes: Yang et al. 2018, arXiv 1711.03953.
 
@@ -3011,6 +3063,37 @@ def language_model_loss(logits, chunked, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Auxiliary heads: the next token from the output x^l (B, T, C) of layers below the last, through the final norm and the
+# output embedding E that all layers share: -log softmax(E norm(x^l_t))[targets_t], in training only.
+# Cost: a second linear head per layer in training, no parameters, nothing in evaluation. Deeply supervised nets, Lee et
+# al. 2015, arXiv 1409.5185; on a character transformer's layers, Al-Rfou et al. 2019, arXiv 1808.04444.
+
+
+class LayerLosses(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = [int(layer) for layer in config.aux_heads.split(",")]  # counted from 1
+        self.loss_weight, self.chunk, self.cap = config.aux_heads_weight, config.loss_chunk, config.logit_softcap
+        self.head_size = config.vocab_size * config.n_embd
+
+    def add_loss(self, x, layer, norm, run):
+        """Leave "aux_LAYER" in run.losses, from that layer's output x, (B, T, C) or streams (B, T, n, C)."""
+        if layer not in self.layers or not run.training or run.targets is None:
+            return
+        h = norm(stream_mean(x))
+        if self.cap:
+            logits = softcap(F.linear(h, run.weight), self.cap)
+            loss = F.cross_entropy(logits.flatten(0, 1), run.targets.flatten(), ignore_index=-1)
+        else:
+            loss = chunked_cross_entropy(h, run.weight, run.targets, self.chunk)
+        run.losses[f"aux_{layer}"] = (self.loss_weight, loss)
+
+    def flops_per_token(self, T):
+        """Forward FLOPs in training: a linear head per layer."""
+        return 2 * len(self.layers) * self.head_size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Context summaries s_t (B, T, C) of what came before condition the heads; h (B, T, C) is the final norm's output.
 #   local:   s_t = mean of the last slate_window h, fewer at the start
 #   regions: s_t = proj [mean of h over the complete cells of t's region; running mean of t's cell; prior_t; error_t],
@@ -3082,7 +3165,7 @@ class RegionSummary(nn.Module):
 def context_summary(config, blocks):
     """What the flags ask for: regions (over the cells of the last layer that has any), a plain window, or None."""
     if not config.has_region_slate:
-        return ContextSummary(config) if config.add_l4_losses else None
+        return ContextSummary(config) if config.add_l4_losses or config.mfs_slate else None
     cells = [block.attn.cells for block in blocks if getattr(block.attn, "cells", None) is not None]
     return RegionSummary(config, cells[-1] if cells else Cells(config, config.n_layer - 1))
 
@@ -3737,7 +3820,8 @@ def alignment(model, idx=None, targets=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Limits on what a vector may hold, (..., C) -> (..., C): k winners by magnitude (also in the MLP), a frozen subspace,
-# K directions, lattice points. On the residual stream they follow every block and are shared by all of them.
+# K directions, lattice points. On the residual stream they follow every block, and all blocks share them. The subspace
+# comes last: whatever else is on, the stream lies in it.
 # Cost per token: O(C) for winners, 4 r C FLOPs for a subspace, 2 K C for K directions. k winners: Ahmad & Scheinkman
 # 2019, arXiv 1903.11257; directions: van den Oord et al. 2017, arXiv 1711.00937, with codes that stay random.
 
@@ -3801,21 +3885,34 @@ class E7Quantizer(nn.Module):
         return straight_through(u, point) * self.scale
 
 
+class ResidualLimits(nn.ModuleDict):
+    """Limits by name, in the order in which they apply; a list has one for each block."""
+
+    def forward(self, x, block):
+        for part in self.values():
+            x = part[block](x) if isinstance(part, nn.ModuleList) else part(x)
+        return x
+
+
+def codebooks(config):
+    """The directions of all blocks, or a list of each block's; the first block's are those that all would share."""
+    seeds = [config.frozen_seed + 1 + block for block in range(config.n_layer if config.vq_per_block else 1)]
+    books = [VQResidualDir(config.n_embd, config.vq_codes, seed) for seed in seeds]
+    return nn.ModuleList(books) if config.vq_per_block else books[0]
+
+
 def residual_limits(config):
-    """What config puts on the residual stream after each block, in order, or None."""
+    """What config puts on the residual stream after each block, or None."""
     parts = {}
-    if config.subspace_rank:
-        parts["subspace"] = FrozenSubspace(config.n_embd, config.subspace_rank, config.frozen_seed)
     if config.resid_topk:
         parts["topk"] = HardTopK(config.resid_topk)
     if config.vq_codes:
-        parts["vq"] = VQResidualDir(config.n_embd, config.vq_codes, config.frozen_seed + 1)
+        parts["vq"] = codebooks(config)
     if config.vq_lattice == "e7":
         parts["lattice"] = E7Quantizer()
-    limits = nn.Sequential()
-    for name, part in parts.items():
-        limits.add_module(name, part)
-    return limits if parts else None
+    if config.subspace_rank:
+        parts["subspace"] = FrozenSubspace(config.n_embd, config.subspace_rank, config.frozen_seed)
+    return ResidualLimits(parts) if parts else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 
 from data.files import checked_zip, is_file
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2  # 1: kan_wavelet="dog" was what is now "gaus1"
 
 
 # what unpickling bytes that were flipped or cut off can raise
@@ -132,6 +132,8 @@ def load_checkpoint(path, map_location="cpu"):
     version = checkpoint.get("format", 0)  # nanoGPT's own has none
     if type(version) is not int or version not in range(CHECKPOINT_FORMAT + 1):
         raise CheckpointError(f"{path}: format {version}, but this version reads up to {CHECKPOINT_FORMAT}; update")
+    if version < 2 and checkpoint["model_args"].get("kan_wavelet") == "dog":  # the name was given to another wavelet
+        checkpoint["model_args"] = checkpoint["model_args"] | {"kan_wavelet": "gaus1"}
     # nanoGPT: torch.compile's prefix, and the causal mask that it keeps as a buffer without flash attention
     weights = {k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
     checkpoint["model"] = {k: v for k, v in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}

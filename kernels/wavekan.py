@@ -15,9 +15,13 @@ import torch
 from torch.nn import functional as F
 
 MEX = 2 / (math.sqrt(3) * math.pi**0.25)  # 0.867325: unit energy
+RATIO = 2.0  # r, the wide Gaussian's width over the narrow one's
+# energy of psi s1: sqrt(pi) (1 + 1/r - 2 sqrt(2 / (1 + r^2))), the terms those of the squares and of the product
+DOG = math.pi**-0.25 / math.sqrt(1 + 1 / RATIO - 2 * math.sqrt(2 / (1 + RATIO**2)))  # 1 / s1 = 1.549161: unit energy
 WAVELETS = {
     "mex": lambda u: MEX * (1 - u * u) * torch.exp(-u * u / 2),
-    "dog": lambda u: -u * torch.exp(-u * u / 2),
+    "dog": lambda u: DOG * (torch.exp(-u * u / 2) - torch.exp(-u * u / (2 * RATIO**2)) / RATIO),
+    "gaus1": lambda u: -u * torch.exp(-u * u / 2),
     "morlet": lambda u: torch.cos(5 * u) * torch.exp(-u * u / 2),
 }
 
@@ -35,13 +39,14 @@ def edges_reference(x, w, a, b, kind):
 # ---------------------------------------------------------------------------------------------------------------------
 # One chunk, in place. The Gaussian is taken as 2^p with p = -v^2, v = SCALE u, because exp2 is three times as fast as
 # exp on a CPU. Except for FACTOR, which the callers multiply into the weights, with k = 2 ln 2:
-#   mex: psi = (1 + k p) 2^p, psi' = -k v (psi + 2 2^p)    dog: psi = v 2^p, psi' = (1 + k p) 2^p
+#   mex: psi = (1 + k p) 2^p, psi' = -k v (psi + 2 2^p)    gaus1: psi = v 2^p, psi' = (1 + k p) 2^p
 #   morlet: psi = cos(w v) 2^p, psi' = -w sin(w v) 2^p - k v psi
-# Both are linear in 2^p: given g 2^p for it, they return g psi and g psi'. Derivatives are those by v.
+#   dog: psi = 2^p - 2^(p / r^2) / r, psi' = -k v (psi / r^2 + (1 - 1 / r^2) 2^p)
+# All are linear in their Gaussians: given g 2^p for 2^p, and g, they return g psi and g psi'. Derivatives are by v.
 
 SCALE = math.sqrt(0.5 / math.log(2))
 SLOPE = 2 * math.log(2)
-FACTOR = {"mex": MEX, "dog": -1 / SCALE, "morlet": 1.0}
+FACTOR = {"mex": MEX, "dog": DOG, "gaus1": -1 / SCALE, "morlet": 1.0}
 OMEGA = 5 / SCALE
 CHUNK = {"cpu": 1 << 17, "cuda": 1 << 24}  # numbers per buffer; there are four buffers
 
@@ -53,11 +58,13 @@ def gaussian(x, a, b, v, p, e):
     torch.exp2(p.neg_(), out=e)
 
 
-def value(kind, v, p, e, out):
-    """psi, written into out."""
+def value(kind, v, p, e, out, g=1.0):
+    """g psi, written into out, where e is g 2^p."""
     if kind == "mex":
         return torch.addcmul(e, e, p, value=SLOPE, out=out)
-    if kind == "dog":
+    if kind == "dog":  # the wide Gaussian is no multiple of the narrow one: it gets its own g
+        return torch.mul(p, RATIO**-2, out=out).exp2_().mul_(g).mul_(-1 / RATIO).add_(e)
+    if kind == "gaus1":
         return torch.mul(v, e, out=out)
     return torch.mul(v, OMEGA, out=out).cos_().mul_(e)
 
@@ -67,6 +74,8 @@ def slope(kind, v, p, e, psi):
     if kind == "mex":
         return psi.add_(e, alpha=2).mul_(v).mul_(-SLOPE)
     if kind == "dog":
+        return psi.mul_(RATIO**-2).add_(e, alpha=1 - RATIO**-2).mul_(v).mul_(-SLOPE)
+    if kind == "gaus1":
         return torch.addcmul(e, e, p, value=SLOPE, out=psi)
     sine = torch.mul(v, OMEGA, out=p).sin_().mul_(e)
     return psi.mul_(v).mul_(-SLOPE).sub_(sine, alpha=OMEGA)
@@ -132,7 +141,7 @@ def bank_backward(grad, x, m, a, b, kind):
         torch.ops.aten.silu_backward.grad_input(gc, xc, grad_input=dxc)
         for k in range(len(m)):
             gaussian(xc, a[k], b[k], v, p, e)
-            dm[k] += value(kind, v, p, e.mul_(gc), out=psi).sum(0)
+            dm[k] += value(kind, v, p, e.mul_(gc), out=psi, g=gc).sum(0)
             rise = slope(kind, v, p, e, psi)
             dxc.addcmul_(rise, ma[k])
             db[k] += rise.sum(0)
@@ -183,7 +192,7 @@ def edges_backward(grad, x, w, a, b, kind):
         xc, gc = x[n:n_end], grad[n:n_end, o:o_end].mT.unsqueeze(-1)  # (outputs, rows, 1)
         v, p, e, psi = buffers.views(o_end - o, n_end - n, x.size(1))
         gaussian(xc, a[o:o_end, None], b[o:o_end, None], v, p, e)
-        dw[o:o_end] += value(kind, v, p, e.mul_(gc), out=psi).sum(1)
+        dw[o:o_end] += value(kind, v, p, e.mul_(gc), out=psi, g=gc).sum(1)
         rise = slope(kind, v, p, e, psi)
         for row, weight in zip(rise, wa[o:o_end]):  # one sum over the outputs would read and write more
             dx[n:n_end].addcmul_(row, weight)

@@ -130,10 +130,11 @@ BASELINE = "baseline"
 # Families share a tuned learning rate. Row that is searched: first words of the other members' names, besides its own
 # name. A row of no family searches for itself.
 FAMILIES = {
-    BASELINE: "bp bias gelu_tanh no_positions ramanujan untied htm ste ln fuse gated freeze frozen",
+    BASELINE: "bp bias gelu_tanh no_positions ramanujan untied htm ste ln fuse gated adjacent freeze frozen",
     "ferope_absolute": "ferope", "block_sparse_1": "block_sparse region", "knots": "", "sigmoid": "", "fhn": "linear",
-    "kaufmann": "", "kan": "", "bio": "", "mfs": "l4", "mhc": "hc mla", "sdr": "",
-    "manifold_sphere": "manifold curriculum", "fa": "", "dfa": "", "sign_sym": "", "mlp_topk": "resid_topk vq subspace",
+    "kaufmann": "", "kan": "", "bio": "", "mfs": "l4 aux", "mhc": "hc mla", "sdr": "",
+    "manifold_sphere": "manifold curriculum", "fa": "", "dfa": "", "sign_sym": "",
+    "mlp_topk": "resid_topk vq subspace limits",
 }  # fmt: skip
 
 

@@ -342,7 +342,7 @@ DECODE = {
 # ---------------------------------------------------------------------------------------------------------------------
 # Channel mixers.
 
-MIXERS = ["baseline", "relu2", "swiglu", "kan", "kan_dog", "kan_morlet", "bio", "bio_events"]
+MIXERS = ["baseline", "relu2", "swiglu", "kan", "kan_dog", "kan_gaus1", "kan_morlet", "bio", "bio_events"]
 EDGES = ["kan_edge"]  # slow
 
 

@@ -1,4 +1,4 @@
-# WaveKAN with derivatives of Gaussians.
+# WaveKAN with Differences of Gaussians.
 out_dir = "out-ablation/kan_dog"
 use_kan = True
 kan_wavelet = "dog"

@@ -1,4 +1,4 @@
-# The published Wav-KAN layer with wavelet "dog"; slow.
+# A wavelet on every edge, as in Wav-KAN, with Differences of Gaussians; slow.
 out_dir = "out-ablation/kan_edge_dog"
 use_kan = True
 kan_edges = "edge"

@@ -60,6 +60,7 @@ VALUES = {
     "n_eigenvectors": [4],
     "spectral_landmarks": [16],
     "spectral_refresh": [3],
+    "adjacent_possible": [0.3],
     "mhc_streams": [2],
     "mhc_sinkhorn_iters": [5],
     "loss_chunk": [40],
@@ -69,6 +70,8 @@ VALUES = {
     "mfs_window": [1],
     "mfs_lowrank_r": [4],
     "l4_loss_weight": [0.2],
+    "aux_heads": ["1"],
+    "aux_heads_weight": [0.3],
     "ae_window": [3],
     "ae_dim": [5],
     "slate_window": [4],
@@ -105,7 +108,9 @@ GRAPE = [{"method": rule, "fa_grape": True, **UNTIED} for rule in ("fa", "dfa")]
 NOT_BP = [{"method": rule, **UNTIED} for rule in ("fa", "sign_sym", "dfa")]
 WAVELETS = [{"use_kan": True}, {"attn_mode": "kaufmann"}, {"attn_pattern": "kaufmann,sigmoid"}]
 ON = {
+    "vq_per_block": [{"vq_codes": 2048}],
     "short_conv_at": [{"short_conv": 3}],
+    "kaufmann_resonance": KNOTS[1:],
     "sigmoid_bias_mode ste_sigmoid": SIGMOID,
     "kan_wavelet kan_edges kan_bank": WAVELETS,
     "kan_match_params": [{"use_kan": True}],
@@ -134,7 +139,10 @@ ON = {
     "mhc_streams mhc_sinkhorn_iters hc_mode": [{"use_mhc": True}],
     "mla_mode": [{"use_mla": True}],
     "mfs_K mfs_P mfs_layers mfs_window mfs_lowrank_r use_mfs_head": FACETS,
-    "l4_loss_weight ae_window ae_dim slate_window": [{"add_l4_losses": True}],
+    "l4_loss_weight ae_window ae_dim": [{"add_l4_losses": True}],
+    "mfs_slate": FACETS,
+    "aux_heads_weight": [{"aux_heads": "1"}],
+    "slate_window": [{"add_l4_losses": True}, FACETS[0] | {"mfs_slate": True}],
     "method freeze_emb": [UNTIED],
     "frozen_seed": [{"vq_codes": 2048}, {"subspace_rank": 24}, *NOT_BP],
     "fa_init_mode": [{"method": "fa", **UNTIED}],

@@ -384,7 +384,7 @@ def test_difference():
 
 
 def test_families():
-    assert family("fhn_4_steps") == "fhn" and family("kan") == family("kan_dog") == "kan"
+    assert family("fhn_4_steps") == "fhn" and family("kan") == family("kan_gaus1") == "kan"
     assert family("htm_lr") == "baseline" == family("baseline") == family("bias")
     assert family("region_edges") == "block_sparse_1" and family("knots_and_rings") == "knots"
     assert family("relu2") == "relu2" and family("biology") == "biology"

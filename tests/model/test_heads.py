@@ -17,6 +17,7 @@ from model import (
     DecodingState,
     GPTConfig,
     MFSHead,
+    Pass,
     RegionSummary,
     SlidingWindowAE,
     WindowLinear,
@@ -238,6 +239,26 @@ def test_reads_the_window_and_the_slate():
             assert torch.allclose(log_prior[:, t], head.prior(joined).log_softmax(-1), atol=1e-12)
 
 
+@pytest.mark.parametrize("with_ae", [False, True])
+def test_mfs_slate_is_the_mean_of_the_last_states(with_ae):
+    """The whole model against one without the flag whose head is called by hand with the means."""
+    flags = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 13, "block_size": 12, "use_mfs_head": True}
+    flags |= {"mfs_layers": 2, "add_l4_losses": with_ae}
+    torch.manual_seed(0)
+    on = GPT(GPTConfig(**flags, mfs_slate=True, slate_window=4)).double().eval()
+    off = GPT(GPTConfig(**flags)).double().eval()
+    off.load_state_dict(on.state_dict())
+    for model in (on, off):
+        torch.nn.init.normal_(model.mfs.facets.weight, std=0.5, generator=torch.Generator().manual_seed(1))
+    idx = torch.randint(13, (3, 12), generator=torch.Generator().manual_seed(0))
+    run = Pass(idx, idx)
+    h = off.final_norm(off.trunk(off.embed(run), run), run)
+    means = torch.stack([h[:, max(0, t - 3) : t + 1].mean(1) for t in range(12)], 1)
+    torch.testing.assert_close(on(idx, idx)[0], off.mfs(run.hiddens, h, run.weight, means))
+    assert (on(idx, idx)[0] - off(idx, idx)[0]).abs().max() > 1e-3
+    assert torch.equal(on(idx, idx)[0][:, 0], off(idx, idx)[0][:, 0])  # a mean of one
+
+
 @pytest.mark.parametrize("sizes", [(1,) * 9, (4, 1, 4), (7, 2)])
 @pytest.mark.parametrize("window", [0, 2, 20])
 def test_mfs_decodes(sizes, window):
@@ -300,6 +321,46 @@ def test_costs_at_most_twice_the_linear_head():
     linear = sum(2 * m.weight.numel() for m in head.modules() if isinstance(m, torch.nn.Linear))
     ratio = (plain + linear + head.flops_per_token(T)) / plain
     assert 1.5 < ratio < 2
+
+
+# Auxiliary heads ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [{}, {"loss_chunk": 7}, {"logit_softcap": 3.0}, {"use_mhc": True}, {"use_mla": True}])
+def test_auxiliary_heads_by_hand(flags):
+    """Losses and gradients from the layers' outputs, as the next layers read them, in plain formulas."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 4, "n_head": 2, "n_embd": 16, "vocab_size": 13, "block_size": 12}
+    model = GPT(GPTConfig(**sizes, aux_heads="1,3", aux_heads_weight=0.25, **flags)).double()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    idx = torch.randint(13, (3, 12))
+    targets = torch.where(torch.rand(3, 12) < 0.2, -1, idx.roll(-1, 1))
+    read = {}
+    for block, layer in zip(model.transformer.h[1:], (1, 2, 3)):
+        block.register_forward_pre_hook(lambda _, x, layer=layer: read.__setitem__(layer, x[0]))
+    _, loss = model(idx, targets)
+    cap, losses = flags.get("logit_softcap"), [model.losses["lm"]]
+    for layer in (1, 3):
+        x = read[layer].mean(2) if "use_mhc" in flags else read[layer]
+        logits = model.transformer.ln_f(x) @ model.transformer.wte.weight.T
+        log_p = (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(-1)
+        picked = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        losses.append(-picked[targets != -1].mean())
+        torch.testing.assert_close(model.losses[f"aux_{layer}"], losses[-1].detach())
+    assert set(model.losses) == {"lm", "aux_1", "aux_3"}
+    torch.testing.assert_close(loss, losses[0] + 0.25 * (losses[1] + losses[2]))
+    plain = GPT(GPTConfig(**sizes, **flags)).double()
+    plain.load_state_dict(model.state_dict())
+    parameters = list(model.parameters())
+    got = torch.autograd.grad(loss, parameters, retain_graph=True)
+    lm = torch.autograd.grad(plain(idx, targets)[1], list(plain.parameters()))
+    aux = torch.autograd.grad(0.25 * (losses[1] + losses[2]), parameters, allow_unused=True)
+    for g, a, b in zip(got, lm, aux):
+        torch.testing.assert_close(g, a if b is None else a + b, atol=1e-10, rtol=1e-7)
+    model.eval(), plain.eval()
+    for a, b in zip(model(idx, targets), plain(idx, targets)):
+        assert torch.equal(a, b)
 
 
 # Windows and slates -------------------------------------------------------------------------------------------------
@@ -499,6 +560,15 @@ def test_compiles():
         ({"add_l4_losses": True, "l4_loss_weight": 0.0}, "l4_loss_weight"),
         ({"add_l4_losses": True, "region_size": 2, "slate_window": 4}, "slate_window"),
         ({"use_mfs_head": True, "slate_window": 4}, "slate_window"),
+        ({"mfs_slate": True}, "use_mfs_head"),
+        ({"aux_heads_weight": 0.5}, "aux_heads"),
+        ({"aux_heads": "0"}, "aux_heads='0'"),
+        ({"aux_heads": "12"}, "n_layer=12"),
+        ({"aux_heads": "4,2"}, "in order"),
+        ({"aux_heads": "two"}, "counted from 1"),
+        ({"aux_heads": "2", "aux_heads_weight": 0.0}, "aux_heads_weight"),
+        ({"aux_heads": "2", "method": "fa", "tie_weights": False}, "aux_heads"),
+        ({"use_mfs_head": True, "mfs_slate": True, "region_size": 2}, "region_size=0"),
         ({"use_mfs_head": True, "region_size": 2, "region_slate_include_error": True}, "add_l4_losses"),
         ({"add_l4_losses": True, "region_prior_decay": 0.5}, "region_size"),
         (

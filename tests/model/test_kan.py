@@ -52,28 +52,42 @@ def test_mex_is_pywavelets_mexican_hat():
     np.testing.assert_allclose(WAVELETS["mex"](torch.tensor(u)).numpy(), values, atol=1e-12)
 
 
-def test_dog_and_morlet_are_pywavelets_up_to_scale():
+def test_gaus1_and_morlet_are_pywavelets_up_to_scale():
     """gaus1 is the derivative of e^(-x^2) with unit energy: its x is u / sqrt 2. morl is the real Morlet wavelet."""
     values, u = pywt.ContinuousWavelet("morl").wavefun(length=1001)
     np.testing.assert_allclose(WAVELETS["morlet"](torch.tensor(u)).numpy(), values, atol=1e-12)
     values, x = pywt.ContinuousWavelet("gaus1").wavefun(length=1001)
-    ours = WAVELETS["dog"](torch.tensor(x) * math.sqrt(2)).numpy()
+    ours = WAVELETS["gaus1"](torch.tensor(x) * math.sqrt(2)).numpy()
     scale = (ours @ values) / (values @ values)
     np.testing.assert_allclose(ours, scale * values, atol=1e-9)
 
 
-def test_wavelets_integrate_to_zero_and_the_hat_has_unit_energy():
-    u = torch.linspace(-12, 12, 240_001, dtype=torch.float64)
+def test_wavelets_integrate_to_zero_and_some_have_unit_energy():
+    u = torch.linspace(-24, 24, 480_001, dtype=torch.float64)
     for kind, psi in WAVELETS.items():
         assert abs(torch.trapezoid(psi(u), u)) < 1e-5, kind  # Morlet's mean is sqrt(2 pi) e^-12.5
-    assert torch.trapezoid(WAVELETS["mex"](u) ** 2, u).item() == pytest.approx(1, abs=1e-9)
+    for kind in ("mex", "dog"):
+        assert torch.trapezoid(WAVELETS[kind](u) ** 2, u).item() == pytest.approx(1, abs=1e-9), kind
     assert WAVELETS["mex"](torch.zeros(())).item() == pytest.approx(0.867325, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", WAVELETS)
-def test_edges_are_the_layer_of_ikan(kind):
+def test_dog_is_the_difference_of_two_normal_densities():
+    """Of widths 1 and 2, up to one factor; its Fourier transform is theirs, and zero at frequency 0."""
+    u = torch.linspace(-24, 24, 4_801, dtype=torch.float64)
+    narrow, wide = (torch.exp(-0.5 * (u / s) ** 2) / s for s in (1.0, 2.0))
+    psi = WAVELETS["dog"](u)
+    torch.testing.assert_close(psi, psi[2400] / (narrow - wide)[2400] * (narrow - wide), atol=1e-12, rtol=0)
+    s1 = math.pi**0.25 * math.sqrt(1.5 - 2 * math.sqrt(0.4))
+    for f in (0.0, 0.3, 1.0, 2.5):
+        got = torch.trapezoid(psi * torch.cos(f * u), u).item()
+        want = math.sqrt(2 * math.pi) / s1 * (math.exp(-f * f / 2) - math.exp(-2 * f * f))
+        assert got == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind, theirs", [("mex", "mex"), ("gaus1", "dog"), ("morlet", "morlet")])
+def test_edges_are_the_layer_of_ikan(kind, theirs):
     """Outputs of ikan's layer without its base branch; its hat has the other sign and no constant."""
-    case = IKAN[kind]
+    case = IKAN[theirs]
     x, w, t, s = (torch.tensor(case[name], dtype=torch.float64) for name in "xwts")
     y = wavelet_edges(x, w, 1 / s, -t / s, kind) * (-1 / wavekan.MEX if kind == "mex" else 1)
     torch.testing.assert_close(y, torch.tensor(case["y"], dtype=torch.float64), atol=1e-6, rtol=1e-6)
@@ -147,7 +161,7 @@ def test_far_away_is_nothing_and_never_nan(form, kind):
 def test_bad_arguments_are_refused(form):
     fast = FORMS[form][0]
     x, w, a, b = problem((5, 4), 3)
-    with pytest.raises(ValueError, match="mex, dog, morlet"):
+    with pytest.raises(ValueError, match="mex, dog, gaus1, morlet"):
         fast(x, w, a, b, "haar")
     with pytest.raises(ValueError, match="5 channels, the wavelets 4"):
         fast(torch.zeros(2, 5), w, a, b, "mex")
@@ -250,7 +264,7 @@ def test_runs_in_other_types(name, dtype):
 
 def test_a_map_is_its_formula():
     torch.manual_seed(0)
-    config = settings_of(kan_bank=3, kan_wavelet="dog")
+    config = settings_of(kan_bank=3, kan_wavelet="gaus1")
     x = torch.randn(4, 6, dtype=torch.float64)
     for layer in (WaveletMap(6, 5, config).double(), WaveletEdges(6, 5, config).double()):
         s = 0.01 + F.softplus(layer.s)

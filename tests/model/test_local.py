@@ -31,6 +31,7 @@ from model import (
     backpropagation,
     feedback_matrix,
     local_attention,
+    residual_limits,
     set_backprop,
     sigmoid_attention,
     sign_feedback,
@@ -585,6 +586,38 @@ def test_frozen_subspace():
     assert torch.allclose(P(y), y, atol=1e-6) and torch.linalg.matrix_rank(P(torch.eye(12).double()), atol=1e-5) == 5
     assert torch.allclose(torch.autograd.grad(y, x, g)[0], P(g)) and not list(P.parameters())
     assert ((x - y) * y).sum(-1).abs().max() < 1e-5
+
+
+def test_with_all_limits_on_the_stream_lies_in_the_subspace():
+    """Top-k, then the direction, then the projection: against each by hand, and the rank of what comes out."""
+    flags = {"n_layer": 2, "n_head": 1, "n_embd": 16, "block_size": 8, "vocab_size": 11}
+    limits = residual_limits(GPTConfig(**flags, resid_topk=5, vq_codes=9, subspace_rank=6)).double()
+    assert list(limits) == ["topk", "vq", "subspace"]
+    x, Q = torch.randn(40, 16).double(), limits["subspace"].basis
+    y = limits(x, 1)
+    assert (y - y @ Q @ Q.T).abs().max() < 1e-6  # the basis was drawn in float32
+    for row, got in zip(x, y):
+        kept = row * (row.abs() >= row.abs().sort().values[-5])
+        code = max(limits["vq"].codes, key=lambda c: torch.dot(c, kept))
+        torch.testing.assert_close(got, Q @ (Q.T @ (kept.norm() * code)))
+
+
+def test_each_block_can_have_its_own_directions():
+    flags = {"n_layer": 3, "n_head": 1, "n_embd": 16, "block_size": 8, "vocab_size": 11, "vq_codes": 9}
+    own, shared = (residual_limits(GPTConfig(**flags, vq_per_block=on)) for on in (True, False))
+    books = [book.codes for book in own["vq"]]
+    assert len(books) == 3 and torch.equal(books[0], shared["vq"].codes)
+    assert not any(torch.equal(books[0], book) for book in books[1:])
+    x = torch.randn(20, 16)
+    for block, codes in enumerate(books):
+        directions = F.normalize(own(x, block), dim=-1) @ codes.T
+        torch.testing.assert_close(directions.max(-1).values, torch.ones(20))
+    model = GPT(GPTConfig(**flags, vq_per_block=True)).eval()
+    seen = []
+    for book in model.limits["vq"]:
+        book.register_forward_hook(lambda module, *_: seen.append(module))
+    model(torch.arange(4)[None])
+    assert seen == list(model.limits["vq"])
 
 
 def test_vq_directions():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from model import PRIME_POWERS, RamanujanPositions, ramanujan_sum, ramanujan_table
+from model import GPT, PRIME_POWERS, DecodingState, GPTConfig, RamanujanPositions, ramanujan_sum, ramanujan_table
 
 Q, N = st.integers(1, 200), st.integers(-10_000, 10_000)
 
@@ -119,3 +119,78 @@ def test_module():
     shorter = RamanujanPositions(SimpleNamespace(block_size=40, n_embd=128))
     shorter.load_state_dict(weights)
     assert torch.equal(positions(40), shorter(40)) and torch.allclose(shorter(40), x[:40], atol=1e-7)
+
+
+# -- resonance in Kaufmann attention ----------------------------------------------------------------------------------
+
+
+def row_of(t):
+    """r_t, number by number, from the exponential sums."""
+    row, size = [], 0.0
+    for q in (2, 3, 4, 5, 7, 8, 9, 11, 13, 16, 17, 19, 23):
+        units = [k for k in range(1, q + 1) if math.gcd(k, q) == 1]
+        half = [k for k in units if k <= q / 2]
+        waves = [math.cos(2 * math.pi * t * k / q) for k in half]
+        waves += [math.sin(2 * math.pi * t * k / q) for k in half] if q > 2 else []
+        total = sum(math.cos(2 * math.pi * t * k / q) for k in units)
+        row += [part / math.sqrt(q * len(units)) for part in (*waves, total)]
+        size += (len(half) if q > 2 else 1) / (q * len(units)) + 1 / q
+    return torch.tensor(row, dtype=torch.float64) / math.sqrt(size)
+
+
+def kaufmann(**flags):
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 24, "vocab_size": 13, "knot_block": 4}
+    return GPT(GPTConfig(**sizes, use_kaufmann_attention=True, knot_threshold=1.0, **flags)).double().eval()
+
+
+def with_stimulus(model, idx, sizes=None):
+    """(logits at the last position, the stimulus (B, T, C) that reached the medium), fed in pieces of these sizes."""
+    found, state, end = [], None if sizes is None else DecodingState(), 0
+    handle = model.transformer.h[0].attn.medium.register_forward_pre_hook(lambda _, given: found.append(given[0]))
+    with torch.no_grad():
+        for size in sizes or (idx.size(1),):
+            logits, _ = model(idx[:, end : end + size], state=state)
+            end += size
+    handle.remove()
+    return logits, torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("sizes", [None, (1,) * 24, (9, 1, 14)])
+def test_resonance_scales_the_stimulus_by_the_wave_of_its_position(sizes):
+    plain, resonant = kaufmann(), kaufmann(kaufmann_resonance=True)
+    resonance = resonant.transformer.h[0].attn.resonance
+    resonant.load_state_dict(plain.state_dict(), strict=False)
+    idx = torch.randint(13, (2, 24))
+    logits, stimulus = with_stimulus(plain, idx)
+    assert torch.equal(with_stimulus(resonant, idx)[0], logits)  # g is 0
+    with torch.no_grad():
+        resonance.g.fill_(0.7)
+    other, got = with_stimulus(resonant, idx, sizes)
+    wanted = [stimulus[:, t] * (1 + math.tanh(0.7) * (resonance.proj.weight @ row_of(t))) for t in range(24)]
+    torch.testing.assert_close(got, torch.stack(wanted, 1), atol=1e-6, rtol=1e-6)  # the table is float32's
+    assert (other - logits).abs().max() > 1e-5
+
+
+def test_the_gate_of_the_resonance_learns_first_and_then_its_wave():
+    model = kaufmann(kaufmann_resonance=True)
+    resonance, idx = model.transformer.h[0].attn.resonance, torch.randint(13, (2, 25))
+    assert resonance.proj(resonance.table).std().item() == pytest.approx(1, rel=0.3)
+    for step in range(2):
+        model.zero_grad()
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        assert resonance.g.grad != 0 and (resonance.proj.weight.grad.abs().max() > 0) == (step > 0)
+        with torch.no_grad():
+            resonance.g -= 0.1 * resonance.g.grad.sign()
+
+
+def test_resonance_ends_where_positions_end():
+    model = kaufmann(kaufmann_resonance=True)
+    with pytest.raises(ValueError, match="block_size is 24"):
+        model(torch.zeros(1, 25, dtype=torch.long))
+    idx = torch.randint(13, (1, 20))
+    assert torch.equal(*(model.generate(idx, 12, temperature=0, use_cache=cached) for cached in (True, False)))
+    model.crop_block_size(16)
+    assert len(model.transformer.h[0].attn.resonance.table) == 16 and model(idx[:, :16])[0].isfinite().all()
+    with pytest.raises(ValueError, match="kaufmann layer"):
+        GPTConfig(kaufmann_resonance=True)

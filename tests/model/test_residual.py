@@ -8,14 +8,32 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from kernels import hyper
-from model import HyperConnections, LayerAggregation, Residual, composite_gain, sinkhorn, stream_mean, wiring
+from model import (
+    GPT,
+    GPTConfig,
+    HyperConnections,
+    LayerAggregation,
+    Residual,
+    composite_gain,
+    sinkhorn,
+    stream_mean,
+    wiring,
+    within_reach,
+)
 
 N_LAYER, C = 2, 12
 
 
 def config(**flags):
     base = {"n_layer": N_LAYER, "n_embd": C, "use_region_feedback": False, "use_mhc": True, "mhc_streams": 4}
-    base |= {"mhc_sinkhorn_iters": 20, "hc_mode": "mhc", "gated_blocks": False, "use_mla": False, "mla_mode": "dense"}
+    base |= {
+        "adjacent_possible": 0.0,
+        "mhc_sinkhorn_iters": 20,
+        "hc_mode": "mhc",
+        "gated_blocks": False,
+        "use_mla": False,
+        "mla_mode": "dense",
+    }
     return SimpleNamespace(**base | flags)
 
 
@@ -303,6 +321,69 @@ def test_compiles(mode):
         grads.append([out.detach(), x.grad] + [p.grad.clone() for p in found.parameters()])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rho=st.floats(0.01, 3), scale=st.floats(0.01, 10), seed=st.integers(0, 99))
+def test_steps_stay_within_reach_and_their_gradient_is_the_difference_quotient(rho, scale, seed):
+    """Token by token: a short step as it is, a long one cut to rho |x|; gradients for x and y by finite differences."""
+    g = torch.Generator().manual_seed(seed)
+    x, y, w = (torch.randn(3, 4, 5, dtype=torch.float64, generator=g) for _ in range(3))
+    y = scale * y
+    far = y.norm(dim=-1) / x.norm(dim=-1) / rho
+    got = within_reach(y, x, rho)
+    for b in range(3):
+        for t in range(4):
+            wanted = y[b, t] * min(1, 1 / far[b, t].item())
+            torch.testing.assert_close(got[b, t], wanted, atol=1e-12, rtol=1e-12)
+    if ((far - 1).abs() < 1e-3).any():
+        return  # a kink has no one gradient
+    x.requires_grad_(), y.requires_grad_()
+    gradients = torch.autograd.grad((within_reach(y, x, rho) * w).sum(), (x, y))
+    h = 1e-6
+    for which, gradient in enumerate(gradients):
+        for i in range(0, 60, 7):
+            ends = []
+            for sign in (1, -1):
+                moved = [x.detach().clone(), y.detach().clone()]
+                moved[which].view(-1)[i] += sign * h
+                ends.append((within_reach(moved[1], moved[0], rho) * w).sum().item())
+            assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(gradient.view(-1)[i].item(), abs=1e-5 * (1 + scale))
+
+
+def test_a_step_of_nothing_and_a_step_from_nothing_have_finite_gradients():
+    for x, y in ((torch.randn(4), torch.zeros(4)), (torch.zeros(4), torch.randn(4)), (torch.zeros(4), torch.zeros(4))):
+        x, y = x.requires_grad_(), y.requires_grad_()
+        got = within_reach(y, x, 0.5)
+        assert not got.any()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(got.sum(), (x, y)))
+
+
+@pytest.mark.parametrize("flags", [{}, {"gated_blocks": True}, {"use_mhc": True}, {"use_mhc": True, "hc_mode": "hc"}])
+def test_every_sublayer_of_a_model_stays_within_reach(flags):
+    """Read from outside: plain, what a sublayer adds; with streams, what it hands to H_post."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 11, "block_size": 8}
+    model = GPT(GPTConfig(**sizes, adjacent_possible=0.1, init_gain=3.0, **flags)).double().eval()
+    shares = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watched(y, x, rho):
+            step = within_reach(y, x, rho)
+            shares.append((step.norm(dim=-1) / x.norm(dim=-1)).detach())
+            return step
+
+        patch.setattr("model.within_reach", watched)
+        if "use_mhc" not in flags:
+            for block in model.transformer.h:
+                for wire in (block.wire_1, block.wire_2):
+                    wire.register_forward_hook(
+                        lambda _, given, out: shares.append((out - given[0]).norm(dim=-1) / given[0].norm(dim=-1))
+                    )
+        with torch.no_grad():
+            model(torch.randint(11, (2, 8)))
+    assert len(shares) == (4 if "use_mhc" in flags else 8)
+    assert max(share.max().item() for share in shares) == pytest.approx(0.1, abs=1e-9)
 
 
 def test_plain_and_gated():

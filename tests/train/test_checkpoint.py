@@ -432,6 +432,21 @@ def test_a_format_from_the_future(tmp_path):
     assert "format 99" in message and "update" in message
 
 
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_the_wavelet_that_was_called_dog_keeps_its_meaning(written, tmp_path):
+    """Until format 2 it was the derivative of a Gaussian; now that is "gaus1", and "dog" a Difference of Gaussians."""
+    torch.manual_seed(0)
+    old = GPT(GPTConfig(**asdict(CONFIG) | {"use_kan": True, "kan_wavelet": "gaus1" if written < 2 else "dog"})).eval()
+    args = asdict(old.config) | {"kan_wavelet": "dog"}
+    torch.save(
+        {"model": old.state_dict(), "model_args": args} | ({"format": written} if written else {}), tmp_path / "ckpt.pt"
+    )
+    again = GPT.from_checkpoint(load_checkpoint(tmp_path / "ckpt.pt")).eval()
+    assert again.config == old.config
+    idx = torch.arange(6)[None]
+    assert torch.equal(again(idx)[0], old(idx)[0])
+
+
 def test_unknown_flags_are_named(tmp_path):
     save_checkpoint(tmp_path / "ckpt.pt", a_checkpoint() | {"model_args": asdict(CONFIG) | {"use_warp": True}})
     assert "use_warp" in refusal(tmp_path / "ckpt.pt")
@@ -496,7 +511,7 @@ def test_round_trip(tmp_path):
     path, checkpoint = tmp_path / "ckpt.pt", a_checkpoint()
     save_checkpoint(path, checkpoint)
     loaded = load_checkpoint(path)
-    assert loaded.pop("format") == 1
+    assert loaded.pop("format") == 2
     assert same(loaded, checkpoint)
     model = GPT.from_checkpoint(loaded, dropout=0.3)
     assert model.config == GPTConfig(**asdict(CONFIG) | {"dropout": 0.3})
@@ -586,7 +601,7 @@ def test_nanogpts_run_goes_on(dtype, shakespeare, tmp_path):
     words = flags(shakespeare, tmp_path, init_from="resume", max_iters=12, dtype=dtype, always_save_checkpoint=True)
     assert run_here(*words) == 0
     last = load_checkpoint(tmp_path / "ckpt_last.pt")
-    assert last["iter_num"] == 12 and last["format"] == 1
+    assert last["iter_num"] == 12 and last["format"] == 2
     assert {float(s["step"]) for s in last["optimizer"]["state"].values()} == {12.0}
     assert [x["iter"] for x in history(tmp_path) if "loss" in x] == list(range(5, 12))
     assert last["best_val_loss"] == 3.25 or last["best_val_loss"] < 3.25
