@@ -4138,3 +4138,4 @@ def write_gpt2(model, directory):
 E7_STAGES, e7_roots, e7_representation, e7_coset = e7.STAGES, e7.e7_roots, e7.e7_representation, e7.e7_coset
 linking_number, gauss_linking_integral = knots.linking_number, knots.gauss_linking_integral
 ramanujan_sum, PRIME_POWERS = ramanujan.ramanujan_sum, ramanujan.PRIME_POWERS
+KnotAttention = KnotGate  # as the system that it comes from calls it

@@ -1,0 +1,97 @@
+"""
+The law of loss and compute, and what an idea is worth in it.
+
+L(K) = E + A K^-alpha, K in tokens or FLOPs, E the loss that no compute removes. An idea that reaches L_v where the
+baseline has L_b saves the factor m = [(L_b - E) / (L_v - E)]^(1 / alpha): the baseline would need m K to be as good.
+
+For given E the law is a line in log K, weighted least squares on log(L - E); E is searched, so that thousands of
+resamples are fitted at once. Errors are counted in log L, large ones linearly (Huber).
+"""
+
+import numpy as np
+from scipy import stats
+
+LEAST_E = 0.3  # nats
+DELTA = 1e-2  # errors in log L beyond this count linearly
+GRID, ZOOMS = 48, 4
+
+
+def lines(x, z, w):
+    """Weighted least squares z = c - alpha x over the last axis: (c, alpha)."""
+    total = w.sum(-1)
+    mx, mz = (w * x).sum(-1) / total, (w * z).sum(-1) / total
+    dx = x - mx[..., None]
+    alpha = -(w * dx * (z - mz[..., None])).sum(-1) / (w * dx * dx).sum(-1)
+    return mz + alpha * mx, alpha
+
+
+def given_floor(x, L, E):
+    """(Huber loss, log A, alpha) of the best law with these floors: L (..., R), E (...,)."""
+    gap = np.maximum(L - E[..., None], 1e-9)
+    scale = (gap / L) ** 2  # an error in log L is one in log(L - E) times this root
+    w = scale
+    for _ in range(3):  # reweighted for Huber's loss
+        c, alpha = lines(x, np.log(gap), w)
+        error = np.log(E[..., None] + np.exp(c[..., None] - alpha[..., None] * x)) - np.log(L)
+        w = scale * np.minimum(1, DELTA / np.maximum(np.abs(error), 1e-12))
+    size = np.abs(error)
+    huber = np.where(size < DELTA, size**2 / 2, DELTA * (size - DELTA / 2)).sum(-1)
+    return np.where(alpha > 0, huber, np.inf), c, alpha
+
+
+def fit_many(K, L):
+    """(E, A, alpha), each (n,), of n curves: K (R,), L (n, R), three sizes at least."""
+    x, L = np.log(np.asarray(K, float)), np.asarray(L, float)
+    if L.shape[-1] != len(x) or len(x) < 3:
+        raise ValueError(f"a law needs three sizes or more, with a loss for each: {len(x)} sizes, losses {L.shape}")
+    low, high = np.full(len(L), LEAST_E), L.min(-1) - 1e-6
+    low = np.minimum(low, high - 1e-6)
+    for _ in range(ZOOMS):
+        E = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, GRID)
+        loss, c, alpha = given_floor(x, L[:, None, :], E)
+        best, rows = loss.argmin(-1), np.arange(len(L))
+        step = (high - low) / (GRID - 1)
+        found = E[rows, best], np.exp(c[rows, best]), alpha[rows, best]
+        low, high = np.maximum(low, found[0] - step), np.minimum(high, found[0] + step)
+    return found
+
+
+def fit(K, L):
+    """(E, A, alpha) of L = E + A K^-alpha through the losses L at K, arrays of equal length; E is 0.3 nats or more."""
+    return tuple(float(part[0]) for part in fit_many(K, np.asarray(L, float)[None]))
+
+
+def factors(K, L_b, L_v):
+    """m at each K, (n, R), of mean losses (n, R) of baseline and variant; beyond E it has no bound."""
+    E, _, alpha = fit_many(K, L_b)
+    gap_b, gap_v = (np.maximum(L - E[:, None], 1e-9) for L in (L_b, L_v))
+    return np.exp((np.log(gap_b) - np.log(gap_v)) / alpha[:, None])
+
+
+def speedup(baseline, variant, resamples=2000, seed=0, level=0.95):
+    """{K: {"m", "low", "high"}}: how many times the baseline's compute the variant is worth, with intervals.
+
+    Both are {K: [loss per seed]} over the same three sizes or more, two seeds each at least. Seeds are resampled within
+    sizes, and the law refitted each time. Few seeds show too little spread: deviations of log m are widened by the
+    t quantile over the normal one, with as many degrees of freedom as the two groups leave, and by sqrt(n / (n - 1)).
+    """
+    K = sorted(baseline)
+    if sorted(variant) != K or min(len(each[k]) for each in (baseline, variant) for k in K) < 2:
+        raise ValueError("baseline and variant need the same sizes and two seeds or more for each")
+    rng = np.random.default_rng(seed)
+
+    def drawn(losses):
+        """Means of resampled seeds, (resamples, R)."""
+        return np.stack([np.mean(rng.choice(losses[k], (resamples, len(losses[k]))), -1) for k in K], -1)
+
+    means = [np.array([[np.mean(each[k]) for k in K]]) for each in (baseline, variant)]
+    m = np.log(factors(K, *means))[0]
+    deviations = np.log(factors(K, drawn(baseline), drawn(variant))) - m
+    found = {}
+    for r, k in enumerate(K):
+        n_b, n_v = len(baseline[k]), len(variant[k])
+        wide = stats.t.ppf((1 + level) / 2, n_b + n_v - 2) / stats.norm.ppf((1 + level) / 2)
+        wide *= np.sqrt((n_b + n_v) / (n_b + n_v - 2))
+        low, high = np.quantile(deviations[:, r], [(1 - level) / 2, (1 + level) / 2]) * wide
+        found[k] = {"m": float(np.exp(m[r])), "low": float(np.exp(m[r] + low)), "high": float(np.exp(m[r] + high))}
+    return found
