@@ -15,7 +15,7 @@ import torch
 
 from data.files import checked_zip, is_file
 
-CHECKPOINT_FORMAT = 2  # 1: kan_wavelet="dog" was what is now "gaus1"
+CHECKPOINT_FORMAT = 2  # 1: kan_wavelet="dog" was what is now "gaus1", and subspace_rank came before other limits
 
 
 # what unpickling bytes that were flipped or cut off can raise
@@ -101,6 +101,17 @@ def read_checked(path, map_location):
     return checkpoint
 
 
+def of_format_2(args, path):
+    """Format 1's model flags in format 2's meaning; CheckpointError where there are none that mean the same."""
+    if args.get("kan_wavelet") == "dog":  # the name was given to another wavelet
+        args = args | {"kan_wavelet": "gaus1"}
+    others = [name for name in ("resid_topk", "vq_codes", "vq_lattice") if args.get(name)]
+    if args.get("subspace_rank") and others:
+        raise CheckpointError(f"{path}: subspace_rank came before {others[0]} when it was trained, and comes after it "
+                              "now; train it again, or check out an older version")  # fmt: skip
+    return args
+
+
 def load_checkpoint(path, map_location="cpu"):
     """The dict in a checkpoint file of nanoChimera or nanoGPT, with `model` as a clean state dict.
 
@@ -132,8 +143,8 @@ def load_checkpoint(path, map_location="cpu"):
     version = checkpoint.get("format", 0)  # nanoGPT's own has none
     if type(version) is not int or version not in range(CHECKPOINT_FORMAT + 1):
         raise CheckpointError(f"{path}: format {version}, but this version reads up to {CHECKPOINT_FORMAT}; update")
-    if version < 2 and checkpoint["model_args"].get("kan_wavelet") == "dog":  # the name was given to another wavelet
-        checkpoint["model_args"] = checkpoint["model_args"] | {"kan_wavelet": "gaus1"}
+    if version < 2:
+        checkpoint["model_args"] = of_format_2(checkpoint["model_args"], path)
     # nanoGPT: torch.compile's prefix, and the causal mask that it keeps as a buffer without flash attention
     weights = {k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
     checkpoint["model"] = {k: v for k, v in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}

@@ -447,6 +447,18 @@ def test_the_wavelet_that_was_called_dog_keeps_its_meaning(written, tmp_path):
     assert torch.equal(again(idx)[0], old(idx)[0])
 
 
+@pytest.mark.parametrize("other", [{"resid_topk": 4}, {"vq_codes": 8}])
+def test_limits_in_another_order_are_refused(other, tmp_path):
+    """Until format 2 the subspace came first; such a model would give other logits now."""
+    model = GPT(GPTConfig(**asdict(CONFIG) | {"subspace_rank": 4} | other))
+    content = {"model": model.state_dict(), "model_args": asdict(model.config)}
+    torch.save(content | {"format": 1}, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="another order|came before"):
+        load_checkpoint(tmp_path / "ckpt.pt")
+    torch.save(content | {"format": 2}, tmp_path / "ckpt.pt")
+    assert GPT.from_checkpoint(load_checkpoint(tmp_path / "ckpt.pt")).config == model.config
+
+
 def test_unknown_flags_are_named(tmp_path):
     save_checkpoint(tmp_path / "ckpt.pt", a_checkpoint() | {"model_args": asdict(CONFIG) | {"use_warp": True}})
     assert "use_warp" in refusal(tmp_path / "ckpt.pt")
