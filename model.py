@@ -3850,7 +3850,7 @@ class FrozenSubspace(nn.Module):
     def forward(self, x):
         return x @ self.basis.to(x.dtype) @ self.basis.T.to(x.dtype)
 
-    def flops_per_token(self, T):
+    def flops(self):
         return 4 * self.basis.numel()
 
 
@@ -3868,7 +3868,7 @@ class VQResidualDir(nn.Module):
         nearest = (v @ codes.T).argmax(-1)
         return straight_through(x, v.norm(dim=-1, keepdim=True) * codes[nearest])
 
-    def flops_per_token(self, T):
+    def flops(self):
         return 2 * self.codes.numel()
 
 
@@ -3886,7 +3886,16 @@ class E7Quantizer(nn.Module):
 
 
 class ResidualLimits(nn.ModuleDict):
-    """Limits by name, in the order in which they apply; a list has one for each block."""
+    """Limits by name, in the order in which they apply; a list has one for each of the blocks."""
+
+    def __init__(self, parts, blocks):
+        super().__init__(parts)
+        self.blocks = blocks
+
+    def flops_per_token(self, T):
+        """Forward FLOPs of all blocks, which share what is no list."""
+        each = [part[0] if isinstance(part, nn.ModuleList) else part for part in self.values()]
+        return self.blocks * sum(part.flops() for part in each if hasattr(part, "flops"))
 
     def forward(self, x, block):
         for part in self.values():
@@ -3912,7 +3921,7 @@ def residual_limits(config):
         parts["lattice"] = E7Quantizer()
     if config.subspace_rank:
         parts["subspace"] = FrozenSubspace(config.n_embd, config.subspace_rank, config.frozen_seed)
-    return ResidualLimits(parts) if parts else None
+    return ResidualLimits(parts, config.n_layer) if parts else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

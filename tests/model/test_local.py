@@ -746,3 +746,12 @@ def test_norms_give_the_same_numbers_under_backpropagation(mode):
     logits = model(idx, idx)[0]
     with module.backpropagation(model):
         assert torch.equal(model(idx, idx)[0], logits)
+
+
+def test_limits_are_counted_in_every_block():
+    """Forward and twice backward: 2 K C per block for directions, 4 r C for a subspace, whether shared or not."""
+    size = {"n_layer": 3, "n_head": 1, "n_embd": 8, "block_size": 8, "vocab_size": 11}
+    plain = GPT(GPTConfig(**size)).flops_per_token()
+    for flags, each in (({"vq_codes": 16}, 2 * 16 * 8), ({"vq_codes": 16, "vq_per_block": True}, 2 * 16 * 8),
+                        ({"subspace_rank": 4}, 4 * 4 * 8)):  # fmt: skip
+        assert GPT(GPTConfig(**size, **flags)).flops_per_token() - plain == 3 * 3 * each
