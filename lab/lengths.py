@@ -80,9 +80,11 @@ def picture(results):
     figure, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
     for name, found in results.items():
         axes.plot(list(found), [last for _, last in found.values()], marker="o", label=name)
+    lengths = sorted({T for found in results.values() for T in found})
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens in the window")
-    axes.set_ylabel("loss of its last block, nats per token")
+    axes.set_xticks(lengths, map(str, lengths))
+    axes.set(xlabel="tokens in the window", ylabel="nats per token", title="Loss of the last block of a window")
+    axes.grid(alpha=0.3)
     axes.legend()
     return figure
 

@@ -3,8 +3,10 @@ Which ideas survive a modern baseline? One table over the rungs, from the commit
 
     python -m lab.rungs    # writes it into README.md and docs/results.md, between their marks
 
-M0 is nanoGPT's block, M1 a plain modern one (config/presets/modern.py), M2 the same trained by Muon; none has an idea
-in it, and each is tuned by itself. A cell is an idea's loss minus its rung's, paired by seed, with a 95 % interval.
+docs/results.md also gets what each part of the modern block does, added to M0 and taken off M1, and what the search
+on M2 with a short convolution found. M0 is nanoGPT's block, M1 a plain modern one (config/presets/modern.py), M2 the
+same trained by Muon; none has an idea in it, and each is tuned by itself. A cell is an idea's loss minus its rung's,
+paired by seed, with a 95 % interval.
 """
 
 import statistics
@@ -16,6 +18,17 @@ import configurator
 from lab.ablate import BASELINE, AblateConfig, columns_of, difference, find_runs, markdown, write_between_marks
 
 RUNGS = {"M0": "out-ablation", "M1": "out-modern", "M2": "out-modern-muon"}
+PARTS = {  # of the modern block: row that adds it to M0, row that takes it off M1
+    "rotary positions": ("rope", "no_rope"), "untied head": ("untied", "tied"),
+    "norm of the embedding": ("emb_norm", "no_emb_norm"),
+    "QK-norm": ("qk_norm", "no_qk_norm"), "squared ReLU": ("relu2", "no_relu2"), "soft cap": ("softcap", "no_softcap"),
+    "RMSNorm without gain": ("rms", "no_rms"), "outputs start at 0": ("zero_init", "no_zero_init"),
+    "wider start": ("init_gain", "no_init_gain"), "short convolution": ("short_conv", None),
+    "token shift": ("token_shift", None),
+    "value embeddings": ("value_embeds", None), "skips from the embedding": ("x0_skip", None),
+    "grouped keys and values": ("n_kv_head", None), "Muon": ("muon", None),
+}  # fmt: skip
+SEARCH = "conv_"  # rows of the search on M2: with a short convolution, and what else the name says
 CONTROLS = ("short_conv", "token_shift", "value_embeds", "x0_skip", "gla", "gdn")  # what the field would try first
 
 
@@ -45,7 +58,43 @@ def differences(rungs):
     for rung, rows in rungs.items():
         for row in rows.keys() - {BASELINE}:
             found.setdefault(row, {})[rung] = difference(losses(rows[row]), losses(rows[BASELINE]))
-    return {row: each for row, each in found.items() if each.keys() - {"M0"}}
+    taken_off = {off for _, off in PARTS.values()}
+    return {
+        row: each
+        for row, each in found.items()
+        if each.keys() - {"M0"} and row not in taken_off and not row.startswith(SEARCH)
+    }
+
+
+def parts_table(rungs):
+    """What each part of the modern block does: the lines of a table, largest effect on M1 first."""
+    lines = []
+    for part, (added, off) in PARTS.items():
+        pairs = {"added to M0": ("M0", added), "taken off M1": ("M1", off)}
+        found = {
+            name: difference(losses(rungs[rung][row]), losses(rungs[rung][BASELINE])) if row in rungs[rung] else None
+            for name, (rung, row) in pairs.items()
+        }
+        if any(found.values()):
+            lines.append((part, found))
+    lines.sort(key=lambda line: -abs(line[1]["taken off M1"].mean) if line[1]["taken off M1"] else 0.0)
+    return [
+        {name: (text, None) for name, text in {"part": part, **{k: str(d or "") for k, d in found.items()}}.items()}
+        for part, found in lines
+    ]
+
+
+def search_table(rungs):
+    """The search on M2: loss, seeds and the difference to M2 with a short convolution alone, best first."""
+    rows, base = rungs["M2"], losses(rungs["M2"].get("short_conv", []))
+    found = {row: losses(runs) for row, runs in rows.items() if row.startswith(SEARCH)}
+    lines = []
+    for row in sorted(found, key=lambda row: statistics.fmean(found[row].values())):
+        ratio = rows[row][0].facts["parameters"] / rows[BASELINE][0].facts["parameters"]
+        cells = {"beside short_conv": row.removeprefix(SEARCH), "loss": f"{statistics.fmean(found[row].values()):.4f}"}
+        cells |= {"to short_conv alone": str(difference(found[row], base)), "seeds": str(len(found[row]))}
+        lines.append({name: (text, None) for name, text in (cells | {"parameters": f"{ratio:.2f}x"}).items()})
+    return lines
 
 
 def survival(each):
@@ -101,14 +150,24 @@ def describe(rungs):
     )
 
 
+PARTS_ARE = (
+    "Each part of the modern block by itself, added to M0 (at 3e-3) and taken off M1; positive: worse without it."
+)
+SEARCH_IS = (
+    "The search on M2: what else, beside a short convolution, at its rung's rate. One seed selects, three confirm."
+)
+
+
 def main(argv=None):
     with configurator.one_line_errors("lab.rungs", OSError):
         words = sys.argv[1:] if argv is None else argv
         cfg = configurator.read(words, RungsConfig, doc=__doc__).build(RungsConfig)
         rungs = {rung: tuned_rows(cfg.docs, out_dir) for rung, out_dir in RUNGS.items()}
         text = describe(rungs) + "\n\n" + markdown(table(rungs))
-        for page in (Path(cfg.readme), Path(cfg.docs) / "results.md"):
-            write_between_marks(page, "rungs", text)
+        more = {PARTS_ARE: parts_table(rungs), SEARCH_IS: search_table(rungs)}
+        more = "".join(f"\n\n{title}\n\n{markdown(lines)}" for title, lines in more.items() if lines)
+        for page, content in ((Path(cfg.readme), text), (Path(cfg.docs) / "results.md", text + more)):
+            write_between_marks(page, "rungs", content)
             print(f"wrote {page}")
 
 

@@ -107,13 +107,35 @@ def test_sizes(name, monkeypatch):
     assert (size, block) == (f"{c.n_layer} / {c.n_head} / {c.n_embd}", str(c.block_size))
 
 
-def test_chimera_is_the_search_winner():
+def test_the_first_chimera_is_the_first_searchs_winner():
     """The preset trains what the measured row trained."""
     records = map(json.loads, (ROOT / "docs/results/ablation.jsonl").read_text(encoding="utf-8").splitlines())
     asked = [record["asked"] for record in records if record["asked"]["row"] == "linear_3x148_omega3"]
     assert len(asked) >= 3
     for run in asked:
         rest = [f"--learning_rate={run['learning_rate']}", f"--seed={run['seed']}", "--eval_full=True"]
-        preset = configurator.read([*run["recipe"], "config/presets/chimera.py", *rest], TrainConfig, GPTConfig)
+        preset = configurator.read([*run["recipe"], "config/ablation/chimera_m0.py", *rest], TrainConfig, GPTConfig)
         defaults = configurator.read([], TrainConfig, GPTConfig).values
-        assert preset.values == defaults | run["settings"] | {"out_dir": preset.values["out_dir"]}
+        own = {"out_dir": preset.values["out_dir"], "learning_rate": run["learning_rate"]}
+        assert preset.values == defaults | run["settings"] | own
+
+
+def test_chimera_is_the_modern_searchs_winner():
+    """The preset is the row of the best mean over three seeds, flags and rates."""
+    records = map(json.loads, (ROOT / "docs/results/modern-muon.jsonl").read_text(encoding="utf-8").splitlines())
+    means = {}
+    for record in records:
+        if record["asked"]["row"].startswith("conv_") and record["asked"]["learning_rate"] == 0.009:
+            means.setdefault(record["asked"]["row"], []).append(record)
+    means = {row: runs for row, runs in means.items() if len(runs) >= 3}
+    best = min(means, key=lambda row: sum(run["evaluations"][-1]["val_loss"] for run in means[row]) / len(means[row]))
+    words = [
+        "config/train_shakespeare_char_cpu.py",
+        "config/presets/modern_muon.py",
+        *means[best][0]["asked"]["text"].split(),
+    ]
+    row = configurator.read(words, TrainConfig, GPTConfig).values
+    preset = configurator.read(
+        ["config/train_shakespeare_char_cpu.py", "config/presets/chimera.py"], TrainConfig, GPTConfig
+    )
+    assert preset.values == row | {"out_dir": preset.values["out_dir"]}
