@@ -55,6 +55,7 @@ from kernels.ramanujan import ramanujan_table
 from kernels.rotor import rotate_pairs, rotation
 from kernels.scan import gated_scan
 from kernels.short_conv import short_conv as convolve
+from kernels.spiking import SCANS, Spike, potentials
 from kernels.wavekan import wavelet_bank, wavelet_edges
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,10 +108,14 @@ class GPTConfig:
     bio_compartments: int = 0  # K slices of the input, each with its own dendrite; 0 = one linear map, no dendrites
     bio_dendrite_dim: int = 0  # units per compartment; 0 = 4C, as published
     bio_lateral: Literal["concat", "nonlinear", "none"] = "concat"  # soma reads C and LC (published) | C, tanh(LC) | C
+    bio_connectivity: Literal["dense", "ring", "none", "sparse"] = "dense"  # L: all | 2 next | self | learned half
+    bio_attention_gain: bool = False  # attention's output a at the token scales each compartment by 1 + tanh(W a)
     bio_threshold: float = 0.25  # an event needs a gate above this; 0 = no sparse events
     bio_gate: Literal["full", "diag", "lowrank"] = "full"  # sigmoid(G x), G 4C x 4C (published) | diagonal | rank C / 4
     bio_adaptive_threshold: bool = False  # one threshold per feature, moved towards bio_target_sparsity once per step
     bio_target_sparsity: float = 0.5  # the share of tokens for which a feature should be silent
+    bio_plasticity: bool = False  # events also pass a fast Hebbian weight per unit, which decays along the tokens
+    bio_spiking: bool = False  # events are spikes of leaky integrate-and-fire units, whose threshold is bio_threshold
     # -- geometric routing --------------------------------------------------------------------------------------------
     use_ferope: bool = False  # rotate queries and keys by their position (RoPE), or by their place in their cell
     ferope_freqs: Literal["log", "gaussian"] = "log"  # rope_base^(-i/m) radians per token | N(0, 1/anchor_min_gap)
@@ -348,8 +353,12 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("kan_bank", 'kan_edges="shared" (and use_kan)', lambda c: c.has("has_wavelets") and c.kan_edges == "shared"),
     ("kan_match_params", "use_kan", lambda c: c.use_kan),
     ("bio_omega bio_osc_learnable bio_compartments bio_threshold", "use_bio_mlp", lambda c: c.use_bio_mlp),
-    ("bio_dendrite_dim bio_lateral", "bio_compartments", lambda c: c.use_bio_mlp and c.bio_compartments),
-    ("bio_gate bio_adaptive_threshold", "use_bio_mlp and bio_threshold", lambda c: c.use_bio_mlp and c.bio_threshold),
+    ("bio_dendrite_dim bio_lateral bio_connectivity bio_attention_gain", "bio_compartments",
+     lambda c: c.use_bio_mlp and c.bio_compartments),
+    ("bio_connectivity", 'bio_lateral="concat" or "nonlinear"', lambda c: c.bio_lateral != "none"),
+    ("bio_gate bio_adaptive_threshold bio_plasticity bio_spiking", "use_bio_mlp and bio_threshold",
+     lambda c: c.use_bio_mlp and c.bio_threshold),
+    ("bio_gate", "a gate (here neurons spike)", lambda c: not c.bio_spiking),
     ("bio_target_sparsity", "bio_adaptive_threshold", lambda c: c.bio_adaptive_threshold),
     # -- geometric routing
     ("use_ferope use_block_sparse qk_norm", "a layer of attention", lambda c: c.has("has_scores")),
@@ -412,6 +421,8 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
      "use_kan={use_kan}, use_bio_mlp={use_bio_mlp}, use_swiglu={use_swiglu}: a block has one channel mixer, keep one"),
     (lambda c: c.bio_compartments and (c.bio_compartments - 1) * -(-c.n_embd // c.bio_compartments) >= c.n_embd,
      "bio_compartments={bio_compartments}: each needs a part of n_embd={n_embd}"),
+    (lambda c: c.bio_connectivity != "dense" and c.bio_compartments < (4 if c.bio_connectivity == "ring" else 2),
+     "bio_connectivity={bio_connectivity!r} is dense for bio_compartments={bio_compartments}: take 2, for a ring 4"),
     (lambda c: not c.short_conv_at or c.short_conv_at != "".join(x for x in "abcd" if x in c.short_conv_at),
      "short_conv_at={short_conv_at!r}: some of the letters a, b, c, d, in this order"),
     (lambda c: c.short_conv and "b" in c.short_conv_at and not c.has("has_values"),
@@ -499,6 +510,7 @@ class Pass:
     cut: Callable = lambda x, where: x  # (stream, "sublayer" | "block") -> stream: dfa detaches it there
     on_token_loss: Callable | None = None  # gets each token's loss and the targets, both (B T,), when they are known
     spectrum: torch.Tensor | None = None  # (B, T, n_eigenvectors), added to queries and keys
+    attended: torch.Tensor | None = None  # (B, T, C), the token mixer's output, if the channel mixer reads it
     weight: torch.Tensor | None = None  # (V, C) output embedding
     cuts: list = field(default_factory=list)  # (B, T, C), the stream wherever it was cut
     hiddens: list = field(default_factory=list)  # (B, T, C) of the top layers, as many as the head reads
@@ -557,18 +569,24 @@ class Block(nn.Module):
         if config.use_region_feedback:
             self.feedback = RegionFeedback(config, getattr(self.attn, "cells", None) or Cells(config, layer))
         self.ln_2, self.conv_2 = new_norm(config), short_conv(config, "c", config.n_embd)
-        self.mlp = CHANNEL_MIXERS[config.channel_mixer](config)
+        self.mlp, self.reads_attention = CHANNEL_MIXERS[config.channel_mixer](config), config.bio_attention_gain
         self.wire_1 = wiring(config, layer, 0)
         self.wire_f = wiring(config, layer, 1) if config.use_region_feedback else None
         self.wire_2 = wiring(config, layer, 2 if config.use_region_feedback else 1)
 
     def forward(self, x, run=ALONE):
         """x, (B, T, C) or streams (B, T, n, C), after all sublayers."""
-        x = self.wire_1(x, lambda h: self.attn(through(self.conv_1, self.ln_1(h), run.state), run))
+        x = self.wire_1(x, lambda h: self.attend(h, run))
         if self.feedback is not None:
             x = self.wire_f(x, lambda h: self.feedback(h, run.state))
         x = run.cut(x, "sublayer")
         return self.wire_2(x, lambda h: self.mlp(through(self.conv_2, self.ln_2(h), run.state), run))
+
+    def attend(self, h, run):
+        y = self.attn(through(self.conv_1, self.ln_1(h), run.state), run)
+        if self.reads_attention:
+            run.attended = y
+        return y
 
 
 class GPT(nn.Module):
@@ -2007,7 +2025,10 @@ class WaveKAN(nn.Module):
 # Channel mixer: BioMLP, (B, T, C) -> dendrites -> h = 4C -> sparse events -> (B, T, C).
 #   osc(x) = sin(omega x + phi) tanh(x) + baseline, three parameters per feature: one such unit can compute XOR.
 #   Dendrites: x in K slices u_k, C_k = tanh(A_k u_k), osc(S [C; L C]); L (K, K) couples them. Without: osc(W x).
+#     bio_attention_gain: C_k (1 + tanh(w_k a)), a the token mixer's output at the token.
 #   Events: gate = sigmoid(G x), mask = gate > threshold (its gradient is the gate's), osc(T (mask x)).
+#     bio_plasticity: osc(z + alpha p_{t-1} e), e = mask x, z = T e, p_t = lambda p_{t-1} + (1 - lambda) e tanh(z).
+#     bio_spiking: the spikes of units whose current is T x (kernels/spiking.py) take the place of all that.
 # Parameters, C = width, m = bio_dendrite_dim or h: oscillators alone 8 C^2 as an MLP; S adds 2 K m h, events 2 h^2. The
 # oscillator costs 4 to 8 times GELU on a CPU. After dendritic neurons that solve XOR (Gidon et al. 2020, Science 367).
 
@@ -2029,6 +2050,19 @@ class OscillatingActivation(nn.Module):
         return oscillate(x, self.omega, self.phi, self.baseline)
 
 
+def lateral_mask(K, connectivity):
+    """(K, K) of ones where compartment k reads compartment j, None for all."""
+    apart = (torch.arange(K)[:, None] - torch.arange(K)) % K
+    reach = {"ring": 1, "none": 0}
+    return (torch.minimum(apart, -apart % K) <= reach[connectivity]).float() if connectivity in reach else None
+
+
+def strongest_half(L):
+    """L (K, K) with the K // 2 largest |L_kj| of each row k and zeros; straight-through: the others get gradients."""
+    kept = L.detach().abs().topk(max(1, L.size(1) // 2), dim=1).indices
+    return straight_through(L, L * torch.zeros_like(L).scatter(1, kept, 1.0))
+
+
 class DendriticCompartmentLayer(nn.Module):
     """(B, T, C) -> (B, T, 4C): K compartments, each of a slice of the input, and the soma that reads them."""
 
@@ -2040,14 +2074,31 @@ class DendriticCompartmentLayer(nn.Module):
         self.pad = K * self.width - config.n_embd
         self.A = nn.ModuleList(nn.Linear(self.width, m, bias=config.bias) for _ in range(K))
         self.L = None if self.lateral == "none" else nn.Parameter(0.5 * torch.eye(K) + 0.1 * torch.randn(K, K))
+        self.is_sparse = config.bio_connectivity == "sparse"
+        self.register_buffer("connected", lateral_mask(K, config.bio_connectivity), persistent=False)
         self.S = nn.Linear(K * m if self.L is None else 2 * K * m, h, bias=config.bias)
         self.osc = OscillatingActivation(h, config)
+        self.gain = nn.Linear(config.n_embd, K, bias=False) if config.bio_attention_gain else None
+        self.init_own()
 
-    def forward(self, x):
+    @torch.no_grad()
+    def init_own(self):
+        if self.gain is not None:
+            nn.init.zeros_(self.gain.weight)  # as without it; its gradient is a, not 0
+
+    def coupling(self):
+        """L with the connections that are there, (K, K)."""
+        if self.is_sparse:
+            return strongest_half(self.L)
+        return self.L if self.connected is None else self.L * self.connected
+
+    def forward(self, x, attended=None):
         slices = F.pad(x, (0, self.pad)).split(self.width, dim=-1)
         c = torch.cat([A(u) for A, u in zip(self.A, slices)], dim=-1).tanh()  # (B, T, K m)
+        if self.gain is not None:
+            c = (c.unflatten(-1, (len(self.A), -1)) * (1 + self.gain(attended).tanh()[..., None])).flatten(-2)
         if self.lateral == "nonlinear":
-            mixed = (self.L @ c.unflatten(-1, (len(self.A), -1))).tanh()
+            mixed = (self.coupling() @ c.unflatten(-1, (len(self.A), -1))).tanh()
             c = torch.cat((c, mixed.flatten(-2)), dim=-1)
         return self.osc(F.linear(c, self.soma(), self.S.bias))
 
@@ -2056,7 +2107,7 @@ class DendriticCompartmentLayer(nn.Module):
         if self.lateral != "concat":
             return self.S.weight
         S_1, S_2 = self.S.weight.unflatten(1, (2, len(self.A), -1)).unbind(1)  # (h, K, m)
-        return (S_1 + self.L.mT @ S_2).flatten(1)
+        return (S_1 + self.coupling().mT @ S_2).flatten(1)
 
     def flops_per_token(self, T):
         """Besides the linear layers: L C, or less, because "concat" never multiplies with half of S."""
@@ -2088,29 +2139,45 @@ class Diagonal(nn.Module):
         return self.weight * x if self.bias is None else torch.addcmul(self.bias, self.weight, x)
 
 
-class SparseEventLayer(nn.Module):
-    """(B, T, h) -> (B, T, h). measured["sparsity"] is the share of silent units in the last forward.
+class HebbianTrace(nn.Module):
+    """What a fast weight per unit adds to the drive z (B, T, h) of events e (B, T, h), gain 0 at first.
 
-    With bio_adaptive_threshold, each feature's threshold is a running statistic, not a weight: a step moves it by
-    STEER (bio_target_sparsity - the feature's silent share of that step).
+    p_t = lambda p_{t-1} + (1 - lambda) e_t tanh(z_t) and gain p_{t-1} e_t: z leaves the fast weight out, so that p is
+    one gated scan. lambda decays over 2 to 64 tokens at first. State in decoding: p, one number per unit.
+    """
+
+    def __init__(self, features):
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(features))
+        self.decay = nn.Parameter(torch.exp(-(0.5 ** torch.linspace(1, 6, features))).logit())
+
+    def forward(self, e, z, state=None):
+        (e, wide), store = in_float32(e), store_of(state, self)
+        with wide:
+            decay = torch.sigmoid(self.decay.to(e.dtype)).expand_as(e)
+            first = store.get("p", torch.zeros_like(e[:, 0]))
+            p = gated_scan(decay, (1 - decay) * e * z.to(e.dtype).tanh(), first)
+            store["p"] = p[:, -1]
+            return (self.gain * e * torch.cat((first[:, None], p[:, :-1]), 1)).to(z.dtype)
+
+    def flops_per_token(self, T):
+        return 8 * self.gain.numel()
+
+
+class EventLayer(nn.Module):
+    """What both kinds of events share: a matrix, thresholds, counts, and a fast weight.
+
+    measured["sparsity"] is the share of silent units in the last forward. With bio_adaptive_threshold, each feature's
+    threshold is a running statistic, not a weight: a step moves it by STEER (bio_target_sparsity - the feature's silent
+    share of that step).
     """
 
     STEER = 0.02
-    T_GAIN, G_GAIN = 3.0, 6.0
 
     def __init__(self, features, config):
         super().__init__()
-        rank = max(1, features // 16)  # bio_gate="lowrank"
-        self.G = {
-            "full": lambda: nn.Linear(features, features, bias=config.bias),
-            "diag": lambda: Diagonal(features, bias=config.bias),
-            "lowrank": lambda: nn.Sequential(
-                nn.Linear(features, rank, bias=False), nn.Linear(rank, features, bias=config.bias)
-            ),
-        }[config.bio_gate]()
         self.T = nn.Parameter(torch.empty(features, features))  # see `weight`
         self.bias = nn.Parameter(torch.zeros(features)) if config.bias else None
-        self.osc = OscillatingActivation(features, config)
         self.target = config.bio_target_sparsity
         if config.bio_adaptive_threshold:
             self.register_buffer("threshold", torch.full((features,), float(config.bio_threshold)))
@@ -2118,33 +2185,25 @@ class SparseEventLayer(nn.Module):
         else:
             self.threshold, self.counted = config.bio_threshold, None
         self.measured = {"sparsity": torch.zeros(())}
-        self.init_own()
-
-    @torch.no_grad()
-    def init_own(self):
-        """Wider than GPT's init: what comes in is an oscillator's small output (about x^2), and gates must differ."""
-        maps = [m for m in self.G.modules() if isinstance(m, nn.Linear | Diagonal)]
-        for weight in (self.weight, *(m.weight for m in maps)):
-            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
-        self.weight.mul_(self.T_GAIN)
-        maps[-1].weight *= self.G_GAIN
+        self.plastic = HebbianTrace(features) if config.bio_plasticity else None
 
     @property
     def weight(self):
         """(in, out), so that a silent unit is a row that need not be read; checkpoints call it T."""
         return self.T
 
-    def forward(self, x):
-        mask = HardGate.apply(torch.sigmoid(self.G(x)), self.threshold)
+    def drive(self, e, z, state):
+        """z = T e, and what the fast weights add."""
+        return z if self.plastic is None else z + self.plastic(e, z, state)
+
+    def tally(self, mask):
+        """Count the active units of mask (B, T, h); the share of silent ones, 0-d."""
         active = mask.detach().flatten(0, -2).sum(0, dtype=torch.float32)  # tokens of each feature
         sparsity = 1 - active.sum() / mask.numel()
         self.measured = {"sparsity": sparsity}
         if self.training and self.counted is not None:
             self.counted += torch.cat((active, active.new_full((1,), mask.numel() / len(active))))
-        is_one_token = x.numel() == len(active) and x.device.type == "cpu"
-        if is_one_token and not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and sparsity >= 0.5:
-            return self.osc(self.read_active(x, mask))
-        return self.osc(F.linear(mask * x, self.weight.t(), self.bias))
+        return sparsity
 
     @torch.no_grad()
     def before_step(self):
@@ -2157,6 +2216,45 @@ class SparseEventLayer(nn.Module):
             self.threshold.add_(silent, alpha=-self.STEER).add_(self.STEER * self.target).clamp_(0, 1)
         self.counted.zero_()
 
+    def flops_per_token(self, T):
+        return 2 * self.weight.numel()
+
+
+class SparseEventLayer(EventLayer):
+    """(B, T, h) -> (B, T, h): units whose gate is low are silent."""
+
+    T_GAIN, G_GAIN = 3.0, 6.0
+
+    def __init__(self, features, config):
+        super().__init__(features, config)
+        rank = max(1, features // 16)  # bio_gate="lowrank"
+        self.G = {
+            "full": lambda: nn.Linear(features, features, bias=config.bias),
+            "diag": lambda: Diagonal(features, bias=config.bias),
+            "lowrank": lambda: nn.Sequential(
+                nn.Linear(features, rank, bias=False), nn.Linear(rank, features, bias=config.bias)
+            ),
+        }[config.bio_gate]()
+        self.osc = OscillatingActivation(features, config)
+        self.init_own()
+
+    @torch.no_grad()
+    def init_own(self):
+        """Wider than GPT's init: what comes in is an oscillator's small output (about x^2), and gates must differ."""
+        maps = [m for m in self.G.modules() if isinstance(m, nn.Linear | Diagonal)]
+        for weight in (self.weight, *(m.weight for m in maps)):
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+        self.weight.mul_(self.T_GAIN)
+        maps[-1].weight *= self.G_GAIN
+
+    def forward(self, x, state=None):
+        mask = HardGate.apply(torch.sigmoid(self.G(x)), self.threshold)
+        sparsity, e = self.tally(mask), mask * x
+        is_one_token = x.numel() == x.size(-1) and x.device.type == "cpu"
+        if is_one_token and not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and sparsity >= 0.5:
+            return self.osc(self.drive(e, self.read_active(x, mask), state))
+        return self.osc(self.drive(e, F.linear(e, self.weight.t(), self.bias), state))
+
     def read_active(self, x, mask):
         """T (mask x) of one token, reading the rows of its active units only."""
         on = mask.flatten().nonzero().flatten()
@@ -2164,28 +2262,55 @@ class SparseEventLayer(nn.Module):
         y = F.embedding_bag(on, self.weight, on.new_zeros(1), mode="sum", per_sample_weights=weights)
         return (y if self.bias is None else y + self.bias).to(x.dtype).view_as(x)
 
+
+class SpikingEventLayer(EventLayer):
+    """(B, T, h) -> spikes (B, T, h) of leaky integrate-and-fire units whose current is T x; beta from `leak`."""
+
+    T_GAIN = 12.0  # currents about as large as thresholds: what comes in is an oscillator's small output
+
+    def __init__(self, features, config):
+        super().__init__(features, config)
+        tau = 2 ** torch.linspace(0, 4, features)  # 1 to 16 tokens
+        self.leak = nn.Parameter(torch.exp(-1 / tau).logit())
+        self.init_own()
+
+    @torch.no_grad()
+    def init_own(self):
+        nn.init.normal_(self.weight, std=self.T_GAIN * len(self.weight) ** -0.5)
+
+    def forward(self, x, state=None):
+        (e, wide), dtype = in_float32(x), x.dtype  # rounding moves a spike, and a spike is 1
+        with wide:
+            weight, leak, bias = (None if p is None else p.to(e.dtype) for p in (self.weight, self.leak, self.bias))
+            current = self.drive(e, F.linear(e, weight.t(), bias), state)
+            v = potentials(current, torch.sigmoid(leak), self.threshold, store_of(state, self))
+            spikes = Spike.apply(v, self.threshold).to(dtype)
+        self.tally(spikes)
+        return spikes
+
     def flops_per_token(self, T):
-        return 2 * self.weight.numel()
+        return super().flops_per_token(T) + 8 * SCANS * len(self.weight)
 
 
 class BioMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         h = 4 * config.n_embd
+        self.reads_attention = config.bio_attention_gain
         if config.bio_compartments:
             self.dendrites = DendriticCompartmentLayer(config)
         else:
             c_fc = nn.Linear(config.n_embd, h, bias=config.bias)
             self.dendrites = nn.Sequential(c_fc, OscillatingActivation(h, config))
         self.conv = short_conv(config, "d", h)
-        self.events = SparseEventLayer(h, config) if config.bio_threshold else None
+        events = SpikingEventLayer if config.bio_spiking else SparseEventLayer
+        self.events = events(h, config) if config.bio_threshold else None
         self.c_proj = nn.Linear(h, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, run=ALONE):
-        h = through(self.conv, self.dendrites(x), run.state)
-        if self.events is not None:
-            h = self.events(h)
+        h = self.dendrites(x, run.attended) if self.reads_attention else self.dendrites(x)
+        h = through(self.events, through(self.conv, h, run.state), run.state)
         return self.dropout(self.c_proj(h))
 
 
