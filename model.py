@@ -161,8 +161,10 @@ class GPTConfig:
     sdr_rule: Literal["hebb", "delta", "willshaw", "none"] = "hebb"  # memory of what came next; willshaw trains as hebb
     sdr_decay: float = 0.99  # decay per token of the memory's sums
     sdr_value_dim: int = 64  # width of what the memory holds
+    engram_at: Literal["embedding", "head"] = "embedding"  # where its recall is added: there | before the last norm
     # -- manifolds ----------------------------------------------------------------------------------------------------
     use_manifold: bool = False  # after the embedding, add features of each token's point on a manifold
+    manifold_at: Literal["embedding", "blocks"] = "embedding"  # or each block projects its own input, and adds that
     manifold: Literal["sphere", "e7", "rotor"] = "sphere"  # a sphere | the coset E7(7)/SU(8) | rotations in Spin(8)
     manifold_dim: int = 16  # dimensions of the space around the sphere ("e7" has 70 coordinates, "rotor" 28)
     manifold_vectors: int = 1  # learned 56-vectors that the group's element acts on
@@ -381,8 +383,9 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     # -- sparse codes, manifolds
     ("sdr_size sdr_active sdr_boost sdr_radius sdr_scales sdr_rule sdr_value_dim", "use_sdr", lambda c: c.use_sdr),
     ("sdr_decay", 'use_sdr, sdr_rule="hebb" or "willshaw"', lambda c: c.use_sdr and c.sdr_rule in ("hebb", "willshaw")),
-    ("sdr_value_dim", "a memory (sdr_rule)", lambda c: c.sdr_rule != "none"),
-    ("manifold geodesic_weight skip_manifold_spectral", "use_manifold", lambda c: c.use_manifold),
+    ("engram_at", "use_sdr", lambda c: c.use_sdr),
+    ("sdr_value_dim engram_at", "a memory (sdr_rule)", lambda c: c.sdr_rule != "none"),
+    ("manifold manifold_at geodesic_weight skip_manifold_spectral", "use_manifold", lambda c: c.use_manifold),
     ("manifold_dim", 'use_manifold and manifold="sphere"', lambda c: c.use_manifold and c.manifold == "sphere"),
     ("manifold_vectors", 'manifold="e7" or "rotor"', lambda c: c.use_manifold and c.manifold != "sphere"),
     ("n_eigenvectors spectral_landmarks spectral_refresh", "spectral coordinates", lambda c: c.has_spectrum),
@@ -474,8 +477,9 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
      "spectral coordinates, use_mla and x0_skip reach around dfa's cuts: set skip_manifold_spectral, leave those out"),
     (lambda c: c.method == "dfa" and c.dfa_granularity == "block" and c.n_layer < 2,
      'dfa_granularity="block" needs two blocks: write dfa_granularity="sublayer" or n_layer=2'),
-    (lambda c: c.method == "dfa" and c.fa_grape and (c.has_knots() or not c.all_have("has_forward_mode")),
-     "fa_grape under dfa needs forward mode: attn_mode softmax or sigmoid in every layer, no knots"),
+    (lambda c: c.method == "dfa" and c.fa_grape and (c.has_knots() or not c.all_have("has_forward_mode")
+                                                     or c.manifold_at == "blocks"),
+     'fa_grape under dfa needs forward mode: softmax or sigmoid in every layer, no knots, no manifold_at="blocks"'),
     (lambda c: c.fa_calibrate_every == 1, 'fa_calibrate_every=1 is backpropagation: write method="bp", or at least 2'),
     (lambda c: c.freeze_blocks > c.n_layer, "freeze_blocks={freeze_blocks}: must be 0 to n_layer={n_layer}"),
     # -- surrogates and limits, meta-updates
@@ -510,6 +514,7 @@ class Pass:
     cut: Callable = lambda x, where: x  # (stream, "sublayer" | "block") -> stream: dfa detaches it there
     on_token_loss: Callable | None = None  # gets each token's loss and the targets, both (B T,), when they are known
     spectrum: torch.Tensor | None = None  # (B, T, n_eigenvectors), added to queries and keys
+    retrieved: torch.Tensor | None = None  # (B, T, C), what the memory adds after the blocks
     attended: torch.Tensor | None = None  # (B, T, C), the token mixer's output, if the channel mixer reads it
     weight: torch.Tensor | None = None  # (V, C) output embedding
     cuts: list = field(default_factory=list)  # (B, T, C), the stream wherever it was cut
@@ -563,6 +568,7 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
+        self.manifold, self.spectral = manifold_parts(config, "blocks")
         self.ln_1, self.conv_1 = new_norm(config), short_conv(config, "a", config.n_embd)
         self.attn = MIXERS[config.mixer(layer)](config, layer)
         self.feedback = None
@@ -570,12 +576,14 @@ class Block(nn.Module):
             self.feedback = RegionFeedback(config, getattr(self.attn, "cells", None) or Cells(config, layer))
         self.ln_2, self.conv_2 = new_norm(config), short_conv(config, "c", config.n_embd)
         self.mlp, self.reads_attention = CHANNEL_MIXERS[config.channel_mixer](config), config.bio_attention_gain
-        self.wire_1 = wiring(config, layer, 0)
-        self.wire_f = wiring(config, layer, 1) if config.use_region_feedback else None
-        self.wire_2 = wiring(config, layer, 2 if config.use_region_feedback else 1)
+        is_on = (config.manifold_at == "blocks", True, config.use_region_feedback, True)
+        wires = [wiring(config, layer, sum(is_on[:i]), sum(is_on)) if on else None for i, on in enumerate(is_on)]
+        self.wire_m, self.wire_1, self.wire_f, self.wire_2 = wires
 
     def forward(self, x, run=ALONE):
         """x, (B, T, C) or streams (B, T, n, C), after all sublayers."""
+        if self.manifold is not None:
+            x = self.wire_m(x, lambda h: on_manifold(h, self.manifold, self.spectral, run))
         x = self.wire_1(x, lambda h: self.attend(h, run))
         if self.feedback is not None:
             x = self.wire_f(x, lambda h: self.feedback(h, run.state))
@@ -609,8 +617,7 @@ class GPT(nn.Module):
         if config.tie_weights and not config.use_sdr:
             self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
         self.token_shift = TokenShift(config) if config.token_shift else None
-        self.manifold = ManifoldProjection(config) if config.use_manifold else None
-        self.spectral = SpectralDecomposition(config) if config.has_spectrum else None
+        self.manifold, self.spectral = manifold_parts(config, "embedding")
         self.mla = LayerAggregation(config) if config.use_mla else None
         self.streams = Streams(config, parts["h"])
         self.input_skip = InputSkip(config) if config.x0_skip else None
@@ -693,7 +700,7 @@ class GPT(nn.Module):
     def embed(self, run):
         """Tokens, positions, points on a manifold: (B, T, C)."""
         if self.config.use_sdr:
-            x, run.weight = self.transformer.wte(run.idx, run.state)
+            x, run.weight, run.retrieved = self.transformer.wte(run.idx, run.state)
         else:
             x = self.transformer.wte(run.idx)  # (B, T, C)
         if self.lm_head is not None:
@@ -704,12 +711,7 @@ class GPT(nn.Module):
             x = x + self.transformer.positions(run.idx.size(1), run.past)
         x = through(self.token_shift, rms_norm(x) if self.config.emb_norm else x, run.state)
         x = self.transformer.drop(x)
-        if self.manifold is not None:
-            moved, point = self.manifold(x)
-            self.manifold.add_losses(point, run)
-            x = x + moved
-            run.spectrum = None if self.spectral is None else self.spectral(point)
-        return x
+        return x if self.manifold is None else x + on_manifold(x, self.manifold, self.spectral, run)
 
     def trunk(self, x, run):
         """All blocks: (B, T, C) -> (B, T, C)."""
@@ -726,7 +728,11 @@ class GPT(nn.Module):
                 x = self.mla(x, outputs)
             if n_read:
                 run.hiddens = [*run.hiddens, stream_mean(x)][-n_read:]
-        return stream_mean(x)
+        x = stream_mean(x)
+        if run.retrieved is not None:
+            x = x + run.retrieved
+            run.hiddens = [*run.hiddens[:-1], x] if n_read else []
+        return x
 
     def final_norm(self, x, run):
         """The final norm of what is read: (B, T, C), or (B, 1, C) where only the last position's logits are wanted."""
@@ -2509,11 +2515,16 @@ class SDREngramMemory(nn.Module):
 
 
 class SDREmbedding(nn.Module):
-    """Takes wte's place: tokens (B, T) -> (x (B, T, C), the words' vectors (V, C) for a tied head, else None)."""
+    """Takes wte's place: tokens (B, T) -> (x (B, T, C), words, recalled).
+
+    words: their vectors (V, C) for a tied head, else None; recalled: what the memory adds, (B, T, C), where
+    engram_at="head", else None, because it is in x.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.vocab_size, self.is_tied = config.vocab_size, config.tie_weights
+        self.recalls_late = config.engram_at == "head"
         self.is_small = has_small_vocabulary(config)
         self.encoder = SemanticFoldingEncoder(config)
         self.retina = SemanticRetina(config) if config.sdr_radius else None
@@ -2534,9 +2545,11 @@ class SDREmbedding(nn.Module):
         x = F.embedding(slots, table)
         if self.context is not None:
             x = x + self.context(active[slots], self.encoder.vectors, state)
+        recalled = None
         if self.memory is not None:
-            x = x + self.memory(slots, active, folded, self.encoder.vectors, state)
-        return x, table if self.is_tied else None
+            recalled = self.memory(slots, active, folded, self.encoder.vectors, state)
+            x, recalled = (x, recalled) if self.recalls_late else (x + recalled, None)
+        return x, table if self.is_tied else None, recalled
 
     def look_up(self, words=None):
         """(active bits (U, k), their vector (U, C), that and the retina's (U, C)) of words (U,), or of all."""
@@ -2563,7 +2576,8 @@ def distinct(idx, vocab_size):
 #   "sphere": p = W x / |W x| in manifold_dim dimensions, f = p sqrt(dim).
 #   "e7":     p = tanh(W x), 70 coordinates of E7(7)/SU(8); f = L(p) v for learned v in the 56 (kernels/e7.py).
 #   "rotor":  p = R in Spin(8), 28 angles; f = R v R^T for learned pairs v of antisymmetric 8 x 8, 28 + 28.
-# Once, after the embedding, each token by itself: x (B, T, C) -> (B, T, C), O(T C (points + features)).
+# Once, after the embedding, or by a map of its own in each block, as a sublayer before the token mixer (manifold_at);
+# each token by itself: x (B, T, C) -> (B, T, C), O(T C (points + features)).
 # Sources: Cremmer & Julia 1979 for the coset and its 56; Clifford rotors as products of plane rotations are classical.
 
 MANIFOLD_COORDINATES = {"e7": 70, "rotor": 28}  # a sphere has as many as it is asked for
@@ -2610,6 +2624,7 @@ class ManifoldProjection(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.manifold, self.geodesic_weight = config.manifold, config.geodesic_weight
+        self.share = 1 / config.n_layer if config.manifold_at == "blocks" else 1.0
         n = MANIFOLD_COORDINATES.get(config.manifold, config.manifold_dim)
         self.ln = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.c_point = nn.Linear(config.n_embd, n, bias=config.bias)
@@ -2652,11 +2667,13 @@ class ManifoldProjection(nn.Module):
         return torch.tanh(self.gate) * self.c_proj(f.to(x.dtype)), point
 
     def add_losses(self, point, run):
-        """In training leave "geodesic", the bending of the path of the points (B, T, P), in run.losses."""
+        """In training leave "geodesic", the bending of the path of points (B, T, P), or the blocks' mean."""
         if self.geodesic_weight and run.training and run.targets is not None:
             point, full_precision = in_float32(point)
             with full_precision:
-                run.losses["geodesic"] = (self.geodesic_weight, path_bending(point, self.manifold))
+                bending = self.share * path_bending(point, self.manifold)
+                so_far = run.losses["geodesic"][1] if "geodesic" in run.losses else 0.0
+                run.losses["geodesic"] = (self.geodesic_weight, so_far + bending)
 
     def flops_per_token(self, T):
         """Forward FLOPs of L(z) v, or of R and R v R^T: 2 per multiply-add."""
@@ -2664,6 +2681,21 @@ class ManifoldProjection(nn.Module):
             return 0
         own, each = {"e7": (0, 729 + 56 * 27), "rotor": (7 * 128, 1024 + 448)}[self.manifold]
         return 2 * (own + each * len(self.vectors))
+
+
+def on_manifold(x, manifold, spectral, run):
+    """What the manifold adds to x (B, T, C); the points' spectral coordinates and losses are left in run."""
+    moved, point = manifold(x)
+    manifold.add_losses(point, run)
+    run.spectrum = None if spectral is None else spectral(point)
+    return moved
+
+
+def manifold_parts(config, place):
+    """The projection and the spectral decomposition for one place of manifold_at, None what is off."""
+    is_here = config.use_manifold and config.manifold_at == place
+    projection = ManifoldProjection(config) if is_here else None
+    return projection, SpectralDecomposition(config) if is_here and config.has_spectrum else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2834,7 +2866,7 @@ class Streams(nn.Module):
     def __init__(self, config, blocks):
         super().__init__()
         self.n = config.mhc_streams if config.use_mhc else 0
-        wires = [wire for block in blocks for wire in (block.wire_1, block.wire_f, block.wire_2)]
+        wires = [wire for block in blocks for wire in (block.wire_m, block.wire_1, block.wire_f, block.wire_2)]
         self.wires = tuple(wire for wire in wires if isinstance(wire, HyperConnections))  # a tuple registers no modules
 
     def spread(self, x):
@@ -2846,11 +2878,10 @@ class Streams(nn.Module):
         return {"composite_gain": composite_gain(mixing)} if mixing else {}
 
 
-def wiring(config, layer, sublayer):
-    """The wiring of a block's sublayer, 0 the first."""
+def wiring(config, layer, sublayer, per_block):
+    """The wiring of a block's sublayer, 0 the first of `per_block`."""
     if not config.use_mhc:
         return Residual(config)
-    per_block = 3 if config.use_region_feedback else 2
     return HyperConnections(config, layer * per_block + sublayer, config.n_layer * per_block)
 
 
