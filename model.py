@@ -161,6 +161,8 @@ class GPTConfig:
     sdr_rule: Literal["hebb", "delta", "willshaw", "none"] = "hebb"  # memory of what came next; willshaw trains as hebb
     sdr_decay: float = 0.99  # decay per token of the memory's sums
     sdr_value_dim: int = 64  # width of what the memory holds
+    sdr_trail: int = 1  # recalls in a row: the word that one brings is the next one's query
+    sdr_levels: int = 1  # codes: each above the token's is that of a longer context, with half as many bits
     engram_at: Literal["embedding", "head"] = "embedding"  # where its recall is added: there | before the last norm
     # -- manifolds ----------------------------------------------------------------------------------------------------
     use_manifold: bool = False  # after the embedding, add features of each token's point on a manifold
@@ -330,6 +332,8 @@ RANGES = {  # flags: the interval of their values; nan lies in none
     "sdr_active sdr_value_dim": "[1, inf)",
     "sdr_boost sdr_radius sdr_scales": "[0, inf)",
     "sdr_decay": "(0, 1]",
+    "sdr_trail": "[1, inf)",
+    "sdr_levels": "[1, 6]",
     "manifold_vectors n_eigenvectors spectral_landmarks spectral_refresh": "[1, inf)",
     "manifold_dim mhc_streams": "[2, inf)",
     "mhc_sinkhorn_iters": "[1, inf)",
@@ -383,8 +387,8 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     # -- sparse codes, manifolds
     ("sdr_size sdr_active sdr_boost sdr_radius sdr_scales sdr_rule sdr_value_dim", "use_sdr", lambda c: c.use_sdr),
     ("sdr_decay", 'use_sdr, sdr_rule="hebb" or "willshaw"', lambda c: c.use_sdr and c.sdr_rule in ("hebb", "willshaw")),
-    ("engram_at", "use_sdr", lambda c: c.use_sdr),
-    ("sdr_value_dim engram_at", "a memory (sdr_rule)", lambda c: c.sdr_rule != "none"),
+    ("engram_at sdr_trail sdr_levels", "use_sdr", lambda c: c.use_sdr),
+    ("sdr_value_dim engram_at sdr_trail", "a memory (sdr_rule)", lambda c: c.sdr_rule != "none"),
     ("manifold manifold_at geodesic_weight skip_manifold_spectral", "use_manifold", lambda c: c.use_manifold),
     ("manifold_dim", 'use_manifold and manifold="sphere"', lambda c: c.use_manifold and c.manifold == "sphere"),
     ("manifold_vectors", 'manifold="e7" or "rotor"', lambda c: c.use_manifold and c.manifold != "sphere"),
@@ -449,6 +453,8 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
     # -- sparse codes, manifolds
     (lambda c: c.sdr_size % 64 or c.sdr_active >= c.sdr_size,
      "sdr_size={sdr_size} must be a multiple of 64, sdr_active={sdr_active} below it"),
+    (lambda c: c.sdr_trail > 1 and not (c.tie_weights or has_small_vocabulary(c)),
+     "sdr_trail={sdr_trail} looks for a word among all: tie_weights=True, or sdr_size of at least 4 vocab_size"),
     (lambda c: c.n_eigenvectors >= c.spectral_landmarks,
      "n_eigenvectors={n_eigenvectors}: must be below spectral_landmarks={spectral_landmarks}"),
     (lambda c: c.has_spectrum and not c.has("has_scores"),
@@ -2329,7 +2335,9 @@ CHANNEL_MIXERS = {"mlp": MLP, "swiglu": SwiGLU, "kan": WaveKAN, "bio_mlp": BioML
 #   word v:  bits_v = the k largest of scores_v (n), e_v = sum of its bits' vectors / sqrt(k); a map of the bits,
 #            smoothed, has k winners of its own, which add to e_v. Straight-through: scores get d e_v / d bits_v
 #   context: u_t = lambda u_{t-1} + bits_t at sdr_scales time constants, the k strongest bits of each, projected
+#   levels:  code^1_t = bits_t, code^l_t = the k strongest of a leaky union of code^{l-1}; 2^{l-1} bits share a vector
 #   memory:  M_t = M_{t-1} "+" key_{t-1} value_t^T, reads key_t M_{t-1}: what came after (kernels/engram.py)
+#   trail:   o^1 = key_t M_{t-1}, o^j = bits(the word v of the largest cos(o^{j-1}, value_v)) M_{t-1}
 # Parameters (V + C) n. Time: words O(V n C) per step, not per token; context O(T sdr_scales (n + k C)); memory
 # O(T n d). Sources: Kanerva 1988; Willshaw 1969; Hawkins & Ahmad 2016 (HTM); De Sousa Webber 2015, arXiv 1511.08855.
 
@@ -2459,10 +2467,41 @@ class ContextEncoder(nn.Module):
         return self.scales * self.size
 
 
+class CodeLevels(nn.Module):
+    """Codes above the token's, (B, T, k) bits -> (B, T, C): level l remembers 2 4^(l-1) tokens, of codes below it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.size, levels = config.sdr_size, range(1, config.sdr_levels)
+        self.vectors = nn.ParameterList(0.02 * torch.randn(self.size >> up, config.n_embd) for up in levels)
+
+    def codes(self, keys, state=None):
+        """The bits (B, T, k) of each level above the keys' own."""
+        store, (B, _, k), out = store_of(state, self), keys.shape, []
+        for up in range(1, len(self.vectors) + 1):
+            if f"field{up}" not in store:
+                store[f"field{up}"] = torch.zeros(B, 1, self.size, device=keys.device)
+                store[f"winners{up}"] = torch.arange(k, device=keys.device).repeat(B, 1, 1)
+            decay = torch.full((1,), math.exp(-0.5 * 0.25**up), device=keys.device)
+            keys = context_winners(keys, decay, store[f"field{up}"], store[f"winners{up}"])[:, :, 0]
+            out.append(keys)
+        return out
+
+    def forward(self, keys, state=None):
+        rows = [code.flatten(0, 1) >> up for up, code in enumerate(self.codes(keys, state), 1)]
+        folded = sum(F.embedding_bag(row, vectors, mode="sum") for row, vectors in zip(rows, self.vectors))
+        return (folded / math.sqrt(keys.size(-1))).view(*keys.shape[:2], -1)
+
+    def flops_per_token(self, T):
+        """Forward FLOPs of the unions' decay."""
+        return len(self.vectors) * self.size
+
+
 class SDREngramMemory(nn.Module):
     """What followed the current bits earlier in the text, (B, T, C). Values are words' vectors, projected.
 
-    "hebb" and "willshaw" read the mean of what followed, with 0 as a prior of weight 1; "delta" what came last.
+    "hebb" and "willshaw" read the mean of what followed, with 0 as a prior of weight 1; "delta" what came last. A trail
+    goes on from there: the word whose value is nearest to what was read is the next query. The choice has no gradient.
     """
 
     def __init__(self, config):
@@ -2472,20 +2511,39 @@ class SDREngramMemory(nn.Module):
         self.has_word_rows = has_small_vocabulary(config)
         self.c_value = nn.Linear(config.n_embd, config.sdr_value_dim, bias=False)  # linear in the sum of bits
         self.c_proj = nn.Linear(config.sdr_value_dim, config.n_embd, bias=config.bias)
+        further = range(1, config.sdr_trail)
+        self.trail = nn.ModuleList(nn.Linear(config.sdr_value_dim, config.n_embd, bias=False) for _ in further)
 
     def forward(self, slots, active, words, vectors, state=None):
         """slots (B, T), rows of the words' active (U, k) and vectors `words` (U, C); vectors (n, C) those of bits."""
         store = None if state is None else state.of(self)
+        read, kept = self.read(slots, active, words, vectors, store)
+        y = self.c_proj(read)
+        for c_next in self.trail:
+            read, _ = self.read(slots, active, words, vectors, store, self.nearest(read, words))
+            y = y + c_next(read)
+        if store is not None:
+            store.update(kept)
+        return y
+
+    def read(self, slots, active, words, vectors, store, queries=None):
+        """(reads (B, T, d), what to store) of the words slots (B, T), or of queries in their place."""
         if self.rule == "willshaw" and not self.training:
-            return self.c_proj(self.recall_bits(active[slots], vectors, {} if store is None else store))
+            return self.recall_bits(active[slots], vectors, store or {}, None if queries is None else active[queries])
         values = self.c_value(words)
         if self.rule != "delta":
             values = torch.cat((values, torch.ones_like(values[:, :1])), 1)
         rule = "delta" if self.rule == "delta" else "hebb"
-        o, kept = recall(slots, self.features(active, words.dtype), values, rule, self.decay, store)
-        if store is not None:
-            store.update(kept)
-        return self.c_proj((o if self.rule == "delta" else o[..., :-1] / (1 + o[..., -1:])).to(words.dtype))
+        o, kept = recall(slots, self.features(active, words.dtype), values, rule, self.decay, store, queries)
+        return (o if self.rule == "delta" else o[..., :-1] / (1 + o[..., -1:])).to(words.dtype), kept
+
+    @torch.no_grad()
+    def nearest(self, read, words):
+        """The word, a row of words (U, C), whose value has the largest cosine with what was read (B, T, d): (B, T)."""
+        values, wide = in_float32(self.c_value(words))
+        with wide:
+            unit = F.normalize(values, dim=-1).mT
+            return torch.cat([(part.to(unit.dtype) @ unit).argmax(-1) for part in read.split(CHUNK, dim=1)], 1)
 
     def features(self, active, dtype):
         """The features of a token: its bits over sqrt(k), or its overlaps with all words. Inner products are equal."""
@@ -2496,22 +2554,22 @@ class SDREngramMemory(nn.Module):
         overlaps = (bits @ bits.mT / k).to(dtype)
         return lambda slots: (overlaps[slots], F.one_hot(slots, len(active)))
 
-    def recall_bits(self, keys, vectors, store):
-        """Means (B, T, d) of the values of the bits that the binary memory gives back."""
+    def recall_bits(self, keys, vectors, store, queries=None):
+        """(means (B, T, d) of the values of the bits that the binary memory gives back, what to store)."""
         B, _, k = keys.shape
-        if "M" not in store:
-            store["M"] = keys.new_zeros(B, self.size, self.size // 64)
-        words = willshaw(keys, store.get("before", keys[:, 0, :0]), store["M"])
-        store["before"], values, means = keys[:, -1], self.c_value(vectors) / math.sqrt(k), []
+        M = store["M"].clone() if "M" in store else keys.new_zeros(B, self.size, self.size // 64)
+        words = willshaw(keys, store.get("before", keys[:, 0, :0]), M, queries)
+        values, means = self.c_value(vectors) / math.sqrt(k), []
         for part in words.split(CHUNK, dim=1):
             bits = unpack(part, self.size).to(values.dtype)
             means.append(bits @ values / (1 + bits.sum(-1, keepdim=True) / k))
-        return torch.cat(means, 1)
+        return torch.cat(means, 1), {"M": M, "before": keys[:, -1]}
 
     def flops_per_token(self, T):
-        """Forward FLOPs: pairs within half a chunk, and one read and one write of the memory."""
+        """Forward FLOPs: pairs within half a chunk, one read and one write; a trail does it again and finds a word."""
         rows = self.vocab_size if self.has_word_rows else self.size
-        return 2 * self.c_value.out_features * (min(T, CHUNK) // 2 + 2 * rows)
+        each = 2 * self.c_value.out_features * (min(T, CHUNK) // 2 + 2 * rows)
+        return each + len(self.trail) * (each + 2 * self.c_value.out_features * self.vocab_size)
 
 
 class SDREmbedding(nn.Module):
@@ -2529,6 +2587,7 @@ class SDREmbedding(nn.Module):
         self.encoder = SemanticFoldingEncoder(config)
         self.retina = SemanticRetina(config) if config.sdr_radius else None
         self.context = ContextEncoder(config) if config.sdr_scales else None
+        self.levels = CodeLevels(config) if config.sdr_levels > 1 else None
         self.memory = SDREngramMemory(config) if config.sdr_rule != "none" else None
 
     def forward(self, idx, state=None):
@@ -2545,6 +2604,8 @@ class SDREmbedding(nn.Module):
         x = F.embedding(slots, table)
         if self.context is not None:
             x = x + self.context(active[slots], self.encoder.vectors, state)
+        if self.levels is not None:
+            x = x + self.levels(active[slots], state)
         recalled = None
         if self.memory is not None:
             recalled = self.memory(slots, active, folded, self.encoder.vectors, state)

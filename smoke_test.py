@@ -272,6 +272,9 @@ VARIANTS = {
     "sdr_many_words": {"use_sdr": True, **SDR, "sdr_size": 128, "tie_weights": False},
     "sdr_at_head": {"use_sdr": True, **SDR, "engram_at": "head"},
     "sdr_at_mfs_head": {"use_sdr": True, **SDR, "engram_at": "head", "use_mfs_head": True, "mfs_layers": 2},
+    "sdr_trail": {"use_sdr": True, **SDR, "sdr_trail": 3},
+    "sdr_trail_willshaw": {"use_sdr": True, **SDR, "sdr_rule": "willshaw", "sdr_trail": 2, "engram_at": "head"},
+    "sdr_levels": {"use_sdr": True, **SDR, "sdr_levels": 3},
     "sdr_encoder_alone": {"use_sdr": True, **SDR, "sdr_radius": 0, "sdr_scales": 0, "sdr_rule": "none"},
     "chimera": {
         "attn_pattern": "fhn,softmax",
