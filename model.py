@@ -57,6 +57,7 @@ from kernels.ramanujan import ramanujan_table
 from kernels.rotor import rotate_pairs, rotation
 from kernels.scan import gated_scan
 from kernels.short_conv import short_conv as convolve
+from kernels.spiking import SCANS, Spike, potentials
 from kernels.wavekan import wavelet_bank, wavelet_edges
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,10 +111,14 @@ class GPTConfig:
     bio_compartments: int = 0  # K slices of the input, each with its own dendrite; 0 = one linear map, no dendrites
     bio_dendrite_dim: int = 0  # units per compartment; 0 = 4C, as published
     bio_lateral: Literal["concat", "nonlinear", "none"] = "concat"  # soma reads C and LC (published) | C, tanh(LC) | C
+    bio_connectivity: Literal["dense", "ring", "none", "sparse"] = "dense"  # L: all | 2 next | self | learned half
+    bio_attention_gain: bool = False  # attention's output a at the token scales each compartment by 1 + tanh(W a)
     bio_threshold: float = 0.25  # an event needs a gate above this; 0 = no sparse events
     bio_gate: Literal["full", "diag", "lowrank"] = "full"  # sigmoid(G x), G 4C x 4C (published) | diagonal | rank C / 4
     bio_adaptive_threshold: bool = False  # one threshold per feature, moved towards bio_target_sparsity once per step
     bio_target_sparsity: float = 0.5  # the share of tokens for which a feature should be silent
+    bio_plasticity: bool = False  # events also pass a fast Hebbian weight per unit, which decays along the tokens
+    bio_spiking: bool = False  # events are spikes of leaky integrate-and-fire units, whose threshold is bio_threshold
     # -- geometric routing --------------------------------------------------------------------------------------------
     use_ferope: bool = False  # rotate queries and keys by their position (RoPE), or by their place in their cell
     ferope_freqs: Literal["log", "gaussian"] = "log"  # rope_base^(-i/m) radians per token | N(0, 1/anchor_min_gap)
@@ -160,8 +165,12 @@ class GPTConfig:
     sdr_rule: Literal["hebb", "delta", "willshaw", "none"] = "hebb"  # memory of what came next; willshaw trains as hebb
     sdr_decay: float = 0.99  # decay per token of the memory's sums
     sdr_value_dim: int = 64  # width of what the memory holds
+    sdr_trail: int = 1  # recalls in a row: the word that one brings is the next one's query
+    sdr_levels: int = 1  # codes: each above the token's is that of a longer context, with half as many bits
+    engram_at: Literal["embedding", "head"] = "embedding"  # where its recall is added: there | before the last norm
     # -- manifolds ----------------------------------------------------------------------------------------------------
     use_manifold: bool = False  # after the embedding, add features of each token's point on a manifold
+    manifold_at: Literal["embedding", "blocks"] = "embedding"  # or each block projects its own input, and adds that
     manifold: Literal["sphere", "e7", "rotor"] = "sphere"  # a sphere | the coset E7(7)/SU(8) | rotations in Spin(8)
     manifold_dim: int = 16  # dimensions of the space around the sphere ("e7" has 70 coordinates, "rotor" 28)
     manifold_vectors: int = 1  # learned 56-vectors that the group's element acts on
@@ -351,6 +360,8 @@ RANGES = {  # flags: the interval of their values; nan lies in none
     "sdr_active sdr_value_dim": "[1, inf)",
     "sdr_boost sdr_radius sdr_scales": "[0, inf)",
     "sdr_decay": "(0, 1]",
+    "sdr_trail": "[1, inf)",
+    "sdr_levels": "[1, 6]",
     "manifold_vectors n_eigenvectors spectral_landmarks spectral_refresh": "[1, inf)",
     "manifold_dim mhc_streams": "[2, inf)",
     "mhc_sinkhorn_iters": "[1, inf)",
@@ -377,8 +388,12 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("kan_bank", 'kan_edges="shared" (and use_kan)', lambda c: c.has("has_wavelets") and c.kan_edges == "shared"),
     ("kan_match_params", "use_kan", lambda c: c.use_kan),
     ("bio_omega bio_osc_learnable bio_compartments bio_threshold", "use_bio_mlp", lambda c: c.use_bio_mlp),
-    ("bio_dendrite_dim bio_lateral", "bio_compartments", lambda c: c.use_bio_mlp and c.bio_compartments),
-    ("bio_gate bio_adaptive_threshold", "use_bio_mlp and bio_threshold", lambda c: c.use_bio_mlp and c.bio_threshold),
+    ("bio_dendrite_dim bio_lateral bio_connectivity bio_attention_gain", "bio_compartments",
+     lambda c: c.use_bio_mlp and c.bio_compartments),
+    ("bio_connectivity", 'bio_lateral="concat" or "nonlinear"', lambda c: c.bio_lateral != "none"),
+    ("bio_gate bio_adaptive_threshold bio_plasticity bio_spiking", "use_bio_mlp and bio_threshold",
+     lambda c: c.use_bio_mlp and c.bio_threshold),
+    ("bio_gate", "a gate (here neurons spike)", lambda c: not c.bio_spiking),
     ("bio_target_sparsity", "bio_adaptive_threshold", lambda c: c.bio_adaptive_threshold),
     # -- geometric routing
     ("use_ferope use_block_sparse qk_norm", "a layer of attention", lambda c: c.has("has_scores")),
@@ -401,8 +416,9 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     # -- sparse codes, manifolds
     ("sdr_size sdr_active sdr_boost sdr_radius sdr_scales sdr_rule sdr_value_dim", "use_sdr", lambda c: c.use_sdr),
     ("sdr_decay", 'use_sdr, sdr_rule="hebb" or "willshaw"', lambda c: c.use_sdr and c.sdr_rule in ("hebb", "willshaw")),
-    ("sdr_value_dim", "a memory (sdr_rule)", lambda c: c.sdr_rule != "none"),
-    ("manifold geodesic_weight skip_manifold_spectral", "use_manifold", lambda c: c.use_manifold),
+    ("engram_at sdr_trail sdr_levels", "use_sdr", lambda c: c.use_sdr),
+    ("sdr_value_dim engram_at sdr_trail", "a memory (sdr_rule)", lambda c: c.sdr_rule != "none"),
+    ("manifold manifold_at geodesic_weight skip_manifold_spectral", "use_manifold", lambda c: c.use_manifold),
     ("manifold_dim", 'use_manifold and manifold="sphere"', lambda c: c.use_manifold and c.manifold == "sphere"),
     ("manifold_vectors", 'manifold="e7" or "rotor"', lambda c: c.use_manifold and c.manifold != "sphere"),
     ("n_eigenvectors spectral_landmarks spectral_refresh", "spectral coordinates", lambda c: c.has_spectrum),
@@ -445,6 +461,8 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
      "use_kan={use_kan}, use_bio_mlp={use_bio_mlp}, use_swiglu={use_swiglu}: a block has one channel mixer, keep one"),
     (lambda c: c.bio_compartments and (c.bio_compartments - 1) * -(-c.n_embd // c.bio_compartments) >= c.n_embd,
      "bio_compartments={bio_compartments}: each needs a part of n_embd={n_embd}"),
+    (lambda c: c.bio_connectivity != "dense" and c.bio_compartments < (4 if c.bio_connectivity == "ring" else 2),
+     "bio_connectivity={bio_connectivity!r} is dense for bio_compartments={bio_compartments}: take 2, for a ring 4"),
     (lambda c: not c.short_conv_at or c.short_conv_at != "".join(x for x in "abcd" if x in c.short_conv_at),
      "short_conv_at={short_conv_at!r}: some of the letters a, b, c, d, in this order"),
     (lambda c: c.short_conv and "b" in c.short_conv_at and not c.has("has_values"),
@@ -470,6 +488,8 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
     # -- sparse codes, manifolds
     (lambda c: c.sdr_size % 64 or c.sdr_active >= c.sdr_size,
      "sdr_size={sdr_size} must be a multiple of 64, sdr_active={sdr_active} below it"),
+    (lambda c: c.sdr_trail > 1 and not (c.tie_weights or has_small_vocabulary(c)),
+     "sdr_trail={sdr_trail} looks for a word among all: tie_weights=True, or sdr_size of at least 4 vocab_size"),
     (lambda c: c.n_eigenvectors >= c.spectral_landmarks,
      "n_eigenvectors={n_eigenvectors}: must be below spectral_landmarks={spectral_landmarks}"),
     (lambda c: c.has_spectrum and not (c.has("has_scores") or c.has("has_waves")),
@@ -500,8 +520,9 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
      "spectral coordinates, use_mla and x0_skip reach around dfa's cuts: set skip_manifold_spectral, leave those out"),
     (lambda c: c.method == "dfa" and c.dfa_granularity == "block" and c.n_layer < 2,
      'dfa_granularity="block" needs two blocks: write dfa_granularity="sublayer" or n_layer=2'),
-    (lambda c: c.method == "dfa" and c.fa_grape and (c.has_knots() or not c.all_have("has_forward_mode")),
-     "fa_grape under dfa needs forward mode: attn_mode softmax or sigmoid in every layer, no knots"),
+    (lambda c: c.method == "dfa" and c.fa_grape and (c.has_knots() or not c.all_have("has_forward_mode")
+                                                     or c.manifold_at == "blocks"),
+     'fa_grape under dfa needs forward mode: softmax or sigmoid in every layer, no knots, no manifold_at="blocks"'),
     (lambda c: c.fa_calibrate_every == 1, 'fa_calibrate_every=1 is backpropagation: write method="bp", or at least 2'),
     (lambda c: c.freeze_blocks > c.n_layer, "freeze_blocks={freeze_blocks}: must be 0 to n_layer={n_layer}"),
     # -- surrogates and limits, meta-updates
@@ -536,6 +557,8 @@ class Pass:
     cut: Callable = lambda x, where: x  # (stream, "sublayer" | "block") -> stream: dfa detaches it there
     on_token_loss: Callable | None = None  # gets each token's loss and the targets, both (B T,), when they are known
     spectrum: torch.Tensor | None = None  # (B, T, n_eigenvectors), added to queries and keys
+    retrieved: torch.Tensor | None = None  # (B, T, C), what the memory adds after the blocks
+    attended: torch.Tensor | None = None  # (B, T, C), the token mixer's output, if the channel mixer reads it
     weight: torch.Tensor | None = None  # (V, C) output embedding
     cuts: list = field(default_factory=list)  # (B, T, C), the stream wherever it was cut
     hiddens: list = field(default_factory=list)  # (B, T, C) of the top layers, as many as the head reads
@@ -588,24 +611,33 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
+        self.manifold, self.spectral = manifold_parts(config, "blocks")
         self.ln_1, self.conv_1 = new_norm(config), short_conv(config, "a", config.n_embd)
         self.attn = MIXERS[config.mixer(layer)](config, layer)
         self.feedback = None
         if config.use_region_feedback:
             self.feedback = RegionFeedback(config, getattr(self.attn, "cells", None) or Cells(config, layer))
         self.ln_2, self.conv_2 = new_norm(config), short_conv(config, "c", config.n_embd)
-        self.mlp = CHANNEL_MIXERS[config.channel_mixer](config)
-        self.wire_1 = wiring(config, layer, 0)
-        self.wire_f = wiring(config, layer, 1) if config.use_region_feedback else None
-        self.wire_2 = wiring(config, layer, 2 if config.use_region_feedback else 1)
+        self.mlp, self.reads_attention = CHANNEL_MIXERS[config.channel_mixer](config), config.bio_attention_gain
+        is_on = (config.manifold_at == "blocks", True, config.use_region_feedback, True)
+        wires = [wiring(config, layer, sum(is_on[:i]), sum(is_on)) if on else None for i, on in enumerate(is_on)]
+        self.wire_m, self.wire_1, self.wire_f, self.wire_2 = wires
 
     def forward(self, x, run=ALONE):
         """x, (B, T, C) or streams (B, T, n, C), after all sublayers."""
-        x = self.wire_1(x, lambda h: self.attn(through(self.conv_1, self.ln_1(h), run.state), run))
+        if self.manifold is not None:
+            x = self.wire_m(x, lambda h: on_manifold(h, self.manifold, self.spectral, run))
+        x = self.wire_1(x, lambda h: self.attend(h, run))
         if self.feedback is not None:
             x = self.wire_f(x, lambda h: self.feedback(h, run.state))
         x = run.cut(x, "sublayer")
         return self.wire_2(x, lambda h: self.mlp(through(self.conv_2, self.ln_2(h), run.state), run))
+
+    def attend(self, h, run):
+        y = self.attn(through(self.conv_1, self.ln_1(h), run.state), run)
+        if self.reads_attention:
+            run.attended = y
+        return y
 
 
 class GPT(nn.Module):
@@ -628,8 +660,7 @@ class GPT(nn.Module):
         if config.tie_weights and not config.use_sdr:
             self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
         self.token_shift = TokenShift(config) if config.token_shift else None
-        self.manifold = ManifoldProjection(config) if config.use_manifold else None
-        self.spectral = SpectralDecomposition(config) if config.has_spectrum else None
+        self.manifold, self.spectral = manifold_parts(config, "embedding")
         self.mla = LayerAggregation(config) if config.use_mla else None
         self.streams = Streams(config, parts["h"])
         self.input_skip = InputSkip(config) if config.x0_skip else None
@@ -713,7 +744,7 @@ class GPT(nn.Module):
     def embed(self, run):
         """Tokens, positions, points on a manifold: (B, T, C)."""
         if self.config.use_sdr:
-            x, run.weight = self.transformer.wte(run.idx, run.state)
+            x, run.weight, run.retrieved = self.transformer.wte(run.idx, run.state)
         else:
             x = self.transformer.wte(run.idx)  # (B, T, C)
         if self.lm_head is not None:
@@ -724,12 +755,7 @@ class GPT(nn.Module):
             x = x + self.transformer.positions(run.idx.size(1), run.past)
         x = through(self.token_shift, rms_norm(x) if self.config.emb_norm else x, run.state)
         x = self.transformer.drop(x)
-        if self.manifold is not None:
-            moved, point = self.manifold(x)
-            self.manifold.add_losses(point, run)
-            x = x + moved
-            run.spectrum = None if self.spectral is None else self.spectral(point)
-        return x
+        return x if self.manifold is None else x + on_manifold(x, self.manifold, self.spectral, run)
 
     def trunk(self, x, run):
         """All blocks: (B, T, C) -> (B, T, C)."""
@@ -748,7 +774,11 @@ class GPT(nn.Module):
                 self.aux.add_loss(x, layer, self.transformer.ln_f, run)
             if n_read:
                 run.hiddens = [*run.hiddens, stream_mean(x)][-n_read:]
-        return stream_mean(x)
+        x = stream_mean(x)
+        if run.retrieved is not None:
+            x = x + run.retrieved
+            run.hiddens = [*run.hiddens[:-1], x] if n_read else []
+        return x
 
     def final_norm(self, x, run):
         """The final norm of what is read: (B, T, C), or (B, 1, C) where only the last position's logits are wanted."""
@@ -2145,7 +2175,10 @@ class WaveKAN(nn.Module):
 # Channel mixer: BioMLP, (B, T, C) -> dendrites -> h = 4C -> sparse events -> (B, T, C).
 #   osc(x) = sin(omega x + phi) tanh(x) + baseline, three parameters per feature: one such unit can compute XOR.
 #   Dendrites: x in K slices u_k, C_k = tanh(A_k u_k), osc(S [C; L C]); L (K, K) couples them. Without: osc(W x).
+#     bio_attention_gain: C_k (1 + tanh(w_k a)), a the token mixer's output at the token.
 #   Events: gate = sigmoid(G x), mask = gate > threshold (its gradient is the gate's), osc(T (mask x)).
+#     bio_plasticity: osc(z + alpha p_{t-1} e), e = mask x, z = T e, p_t = lambda p_{t-1} + (1 - lambda) e tanh(z).
+#     bio_spiking: the spikes of units whose current is T x (kernels/spiking.py) take the place of all that.
 # Parameters, C = width, m = bio_dendrite_dim or h: oscillators alone 8 C^2 as an MLP; S adds 2 K m h, events 2 h^2. The
 # oscillator costs 4 to 8 times GELU on a CPU. After dendritic neurons that solve XOR (Gidon et al. 2020, Science 367).
 
@@ -2167,6 +2200,19 @@ class OscillatingActivation(nn.Module):
         return oscillate(x, self.omega, self.phi, self.baseline)
 
 
+def lateral_mask(K, connectivity):
+    """(K, K) of ones where compartment k reads compartment j, None for all."""
+    apart = (torch.arange(K)[:, None] - torch.arange(K)) % K
+    reach = {"ring": 1, "none": 0}
+    return (torch.minimum(apart, -apart % K) <= reach[connectivity]).float() if connectivity in reach else None
+
+
+def strongest_half(L):
+    """L (K, K) with the K // 2 largest |L_kj| of each row k and zeros; straight-through: the others get gradients."""
+    kept = L.detach().abs().topk(max(1, L.size(1) // 2), dim=1).indices
+    return straight_through(L, L * torch.zeros_like(L).scatter(1, kept, 1.0))
+
+
 class DendriticCompartmentLayer(nn.Module):
     """(B, T, C) -> (B, T, 4C): K compartments, each of a slice of the input, and the soma that reads them."""
 
@@ -2178,14 +2224,31 @@ class DendriticCompartmentLayer(nn.Module):
         self.pad = K * self.width - config.n_embd
         self.A = nn.ModuleList(nn.Linear(self.width, m, bias=config.bias) for _ in range(K))
         self.L = None if self.lateral == "none" else nn.Parameter(0.5 * torch.eye(K) + 0.1 * torch.randn(K, K))
+        self.is_sparse = config.bio_connectivity == "sparse"
+        self.register_buffer("connected", lateral_mask(K, config.bio_connectivity), persistent=False)
         self.S = nn.Linear(K * m if self.L is None else 2 * K * m, h, bias=config.bias)
         self.osc = OscillatingActivation(h, config)
+        self.gain = nn.Linear(config.n_embd, K, bias=False) if config.bio_attention_gain else None
+        self.init_own()
 
-    def forward(self, x):
+    @torch.no_grad()
+    def init_own(self):
+        if self.gain is not None:
+            nn.init.zeros_(self.gain.weight)  # as without it; its gradient is a, not 0
+
+    def coupling(self):
+        """L with the connections that are there, (K, K)."""
+        if self.is_sparse:
+            return strongest_half(self.L)
+        return self.L if self.connected is None else self.L * self.connected
+
+    def forward(self, x, attended=None):
         slices = F.pad(x, (0, self.pad)).split(self.width, dim=-1)
         c = torch.cat([A(u) for A, u in zip(self.A, slices)], dim=-1).tanh()  # (B, T, K m)
+        if self.gain is not None:
+            c = (c.unflatten(-1, (len(self.A), -1)) * (1 + self.gain(attended).tanh()[..., None])).flatten(-2)
         if self.lateral == "nonlinear":
-            mixed = (self.L @ c.unflatten(-1, (len(self.A), -1))).tanh()
+            mixed = (self.coupling() @ c.unflatten(-1, (len(self.A), -1))).tanh()
             c = torch.cat((c, mixed.flatten(-2)), dim=-1)
         return self.osc(F.linear(c, self.soma(), self.S.bias))
 
@@ -2194,7 +2257,7 @@ class DendriticCompartmentLayer(nn.Module):
         if self.lateral != "concat":
             return self.S.weight
         S_1, S_2 = self.S.weight.unflatten(1, (2, len(self.A), -1)).unbind(1)  # (h, K, m)
-        return (S_1 + self.L.mT @ S_2).flatten(1)
+        return (S_1 + self.coupling().mT @ S_2).flatten(1)
 
     def flops_per_token(self, T):
         """Besides the linear layers: L C, or less, because "concat" never multiplies with half of S."""
@@ -2226,29 +2289,45 @@ class Diagonal(nn.Module):
         return self.weight * x if self.bias is None else torch.addcmul(self.bias, self.weight, x)
 
 
-class SparseEventLayer(nn.Module):
-    """(B, T, h) -> (B, T, h). measured["sparsity"] is the share of silent units in the last forward.
+class HebbianTrace(nn.Module):
+    """What a fast weight per unit adds to the drive z (B, T, h) of events e (B, T, h), gain 0 at first.
 
-    With bio_adaptive_threshold, each feature's threshold is a running statistic, not a weight: a step moves it by
-    STEER (bio_target_sparsity - the feature's silent share of that step).
+    p_t = lambda p_{t-1} + (1 - lambda) e_t tanh(z_t) and gain p_{t-1} e_t: z leaves the fast weight out, so that p is
+    one gated scan. lambda decays over 2 to 64 tokens at first. State in decoding: p, one number per unit.
+    """
+
+    def __init__(self, features):
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(features))
+        self.decay = nn.Parameter(torch.exp(-(0.5 ** torch.linspace(1, 6, features))).logit())
+
+    def forward(self, e, z, state=None):
+        (e, wide), store = in_float32(e), store_of(state, self)
+        with wide:
+            decay = torch.sigmoid(self.decay.to(e.dtype)).expand_as(e)
+            first = store.get("p", torch.zeros_like(e[:, 0]))
+            p = gated_scan(decay, (1 - decay) * e * z.to(e.dtype).tanh(), first)
+            store["p"] = p[:, -1]
+            return (self.gain * e * torch.cat((first[:, None], p[:, :-1]), 1)).to(z.dtype)
+
+    def flops_per_token(self, T):
+        return 8 * self.gain.numel()
+
+
+class EventLayer(nn.Module):
+    """What both kinds of events share: a matrix, thresholds, counts, and a fast weight.
+
+    measured["sparsity"] is the share of silent units in the last forward. With bio_adaptive_threshold, each feature's
+    threshold is a running statistic, not a weight: a step moves it by STEER (bio_target_sparsity - the feature's silent
+    share of that step).
     """
 
     STEER = 0.02
-    T_GAIN, G_GAIN = 3.0, 6.0
 
     def __init__(self, features, config):
         super().__init__()
-        rank = max(1, features // 16)  # bio_gate="lowrank"
-        self.G = {
-            "full": lambda: nn.Linear(features, features, bias=config.bias),
-            "diag": lambda: Diagonal(features, bias=config.bias),
-            "lowrank": lambda: nn.Sequential(
-                nn.Linear(features, rank, bias=False), nn.Linear(rank, features, bias=config.bias)
-            ),
-        }[config.bio_gate]()
         self.T = nn.Parameter(torch.empty(features, features))  # see `weight`
         self.bias = nn.Parameter(torch.zeros(features)) if config.bias else None
-        self.osc = OscillatingActivation(features, config)
         self.target = config.bio_target_sparsity
         if config.bio_adaptive_threshold:
             self.register_buffer("threshold", torch.full((features,), float(config.bio_threshold)))
@@ -2256,33 +2335,25 @@ class SparseEventLayer(nn.Module):
         else:
             self.threshold, self.counted = config.bio_threshold, None
         self.measured = {"sparsity": torch.zeros(())}
-        self.init_own()
-
-    @torch.no_grad()
-    def init_own(self):
-        """Wider than GPT's init: what comes in is an oscillator's small output (about x^2), and gates must differ."""
-        maps = [m for m in self.G.modules() if isinstance(m, nn.Linear | Diagonal)]
-        for weight in (self.weight, *(m.weight for m in maps)):
-            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
-        self.weight.mul_(self.T_GAIN)
-        maps[-1].weight *= self.G_GAIN
+        self.plastic = HebbianTrace(features) if config.bio_plasticity else None
 
     @property
     def weight(self):
         """(in, out), so that a silent unit is a row that need not be read; checkpoints call it T."""
         return self.T
 
-    def forward(self, x):
-        mask = HardGate.apply(torch.sigmoid(self.G(x)), self.threshold)
+    def drive(self, e, z, state):
+        """z = T e, and what the fast weights add."""
+        return z if self.plastic is None else z + self.plastic(e, z, state)
+
+    def tally(self, mask):
+        """Count the active units of mask (B, T, h); the share of silent ones, 0-d."""
         active = mask.detach().flatten(0, -2).sum(0, dtype=torch.float32)  # tokens of each feature
         sparsity = 1 - active.sum() / mask.numel()
         self.measured = {"sparsity": sparsity}
         if self.training and self.counted is not None:
             self.counted += torch.cat((active, active.new_full((1,), mask.numel() / len(active))))
-        is_one_token = x.numel() == len(active) and x.device.type == "cpu"
-        if is_one_token and not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and sparsity >= 0.5:
-            return self.osc(self.read_active(x, mask))
-        return self.osc(F.linear(mask * x, self.weight.t(), self.bias))
+        return sparsity
 
     @torch.no_grad()
     def before_step(self):
@@ -2295,6 +2366,45 @@ class SparseEventLayer(nn.Module):
             self.threshold.add_(silent, alpha=-self.STEER).add_(self.STEER * self.target).clamp_(0, 1)
         self.counted.zero_()
 
+    def flops_per_token(self, T):
+        return 2 * self.weight.numel()
+
+
+class SparseEventLayer(EventLayer):
+    """(B, T, h) -> (B, T, h): units whose gate is low are silent."""
+
+    T_GAIN, G_GAIN = 3.0, 6.0
+
+    def __init__(self, features, config):
+        super().__init__(features, config)
+        rank = max(1, features // 16)  # bio_gate="lowrank"
+        self.G = {
+            "full": lambda: nn.Linear(features, features, bias=config.bias),
+            "diag": lambda: Diagonal(features, bias=config.bias),
+            "lowrank": lambda: nn.Sequential(
+                nn.Linear(features, rank, bias=False), nn.Linear(rank, features, bias=config.bias)
+            ),
+        }[config.bio_gate]()
+        self.osc = OscillatingActivation(features, config)
+        self.init_own()
+
+    @torch.no_grad()
+    def init_own(self):
+        """Wider than GPT's init: what comes in is an oscillator's small output (about x^2), and gates must differ."""
+        maps = [m for m in self.G.modules() if isinstance(m, nn.Linear | Diagonal)]
+        for weight in (self.weight, *(m.weight for m in maps)):
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+        self.weight.mul_(self.T_GAIN)
+        maps[-1].weight *= self.G_GAIN
+
+    def forward(self, x, state=None):
+        mask = HardGate.apply(torch.sigmoid(self.G(x)), self.threshold)
+        sparsity, e = self.tally(mask), mask * x
+        is_one_token = x.numel() == x.size(-1) and x.device.type == "cpu"
+        if is_one_token and not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and sparsity >= 0.5:
+            return self.osc(self.drive(e, self.read_active(x, mask), state))
+        return self.osc(self.drive(e, F.linear(e, self.weight.t(), self.bias), state))
+
     def read_active(self, x, mask):
         """T (mask x) of one token, reading the rows of its active units only."""
         on = mask.flatten().nonzero().flatten()
@@ -2302,28 +2412,55 @@ class SparseEventLayer(nn.Module):
         y = F.embedding_bag(on, self.weight, on.new_zeros(1), mode="sum", per_sample_weights=weights)
         return (y if self.bias is None else y + self.bias).to(x.dtype).view_as(x)
 
+
+class SpikingEventLayer(EventLayer):
+    """(B, T, h) -> spikes (B, T, h) of leaky integrate-and-fire units whose current is T x; beta from `leak`."""
+
+    T_GAIN = 12.0  # currents about as large as thresholds: what comes in is an oscillator's small output
+
+    def __init__(self, features, config):
+        super().__init__(features, config)
+        tau = 2 ** torch.linspace(0, 4, features)  # 1 to 16 tokens
+        self.leak = nn.Parameter(torch.exp(-1 / tau).logit())
+        self.init_own()
+
+    @torch.no_grad()
+    def init_own(self):
+        nn.init.normal_(self.weight, std=self.T_GAIN * len(self.weight) ** -0.5)
+
+    def forward(self, x, state=None):
+        (e, wide), dtype = in_float32(x), x.dtype  # rounding moves a spike, and a spike is 1
+        with wide:
+            weight, leak, bias = (None if p is None else p.to(e.dtype) for p in (self.weight, self.leak, self.bias))
+            current = self.drive(e, F.linear(e, weight.t(), bias), state)
+            v = potentials(current, torch.sigmoid(leak), self.threshold, store_of(state, self))
+            spikes = Spike.apply(v, self.threshold).to(dtype)
+        self.tally(spikes)
+        return spikes
+
     def flops_per_token(self, T):
-        return 2 * self.weight.numel()
+        return super().flops_per_token(T) + 8 * SCANS * len(self.weight)
 
 
 class BioMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         h = 4 * config.n_embd
+        self.reads_attention = config.bio_attention_gain
         if config.bio_compartments:
             self.dendrites = DendriticCompartmentLayer(config)
         else:
             c_fc = nn.Linear(config.n_embd, h, bias=config.bias)
             self.dendrites = nn.Sequential(c_fc, OscillatingActivation(h, config))
         self.conv = short_conv(config, "d", h)
-        self.events = SparseEventLayer(h, config) if config.bio_threshold else None
+        events = SpikingEventLayer if config.bio_spiking else SparseEventLayer
+        self.events = events(h, config) if config.bio_threshold else None
         self.c_proj = nn.Linear(h, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, run=ALONE):
-        h = through(self.conv, self.dendrites(x), run.state)
-        if self.events is not None:
-            h = self.events(h)
+        h = self.dendrites(x, run.attended) if self.reads_attention else self.dendrites(x)
+        h = through(self.events, through(self.conv, h, run.state), run.state)
         return self.dropout(self.c_proj(h))
 
 
@@ -2336,7 +2473,9 @@ CHANNEL_MIXERS = {"mlp": MLP, "swiglu": SwiGLU, "kan": WaveKAN, "bio_mlp": BioML
 #   word v:  bits_v = the k largest of scores_v (n), e_v = sum of its bits' vectors / sqrt(k); a map of the bits,
 #            smoothed, has k winners of its own, which add to e_v. Straight-through: scores get d e_v / d bits_v
 #   context: u_t = lambda u_{t-1} + bits_t at sdr_scales time constants, the k strongest bits of each, projected
+#   levels:  code^1_t = bits_t, code^l_t = the k strongest of a leaky union of code^{l-1}; 2^{l-1} bits share a vector
 #   memory:  M_t = M_{t-1} "+" key_{t-1} value_t^T, reads key_t M_{t-1}: what came after (kernels/engram.py)
+#   trail:   o^1 = key_t M_{t-1}, o^j = bits(the word v of the largest cos(o^{j-1}, value_v)) M_{t-1}
 # Parameters (V + C) n. Time: words O(V n C) per step, not per token; context O(T sdr_scales (n + k C)); memory
 # O(T n d). Sources: Kanerva 1988; Willshaw 1969; Hawkins & Ahmad 2016 (HTM); De Sousa Webber 2015, arXiv 1511.08855.
 
@@ -2466,10 +2605,41 @@ class ContextEncoder(nn.Module):
         return self.scales * self.size
 
 
+class CodeLevels(nn.Module):
+    """Codes above the token's, (B, T, k) bits -> (B, T, C): level l remembers 2 4^(l-1) tokens, of codes below it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.size, levels = config.sdr_size, range(1, config.sdr_levels)
+        self.vectors = nn.ParameterList(0.02 * torch.randn(self.size >> up, config.n_embd) for up in levels)
+
+    def codes(self, keys, state=None):
+        """The bits (B, T, k) of each level above the keys' own."""
+        store, (B, _, k), out = store_of(state, self), keys.shape, []
+        for up in range(1, len(self.vectors) + 1):
+            if f"field{up}" not in store:
+                store[f"field{up}"] = torch.zeros(B, 1, self.size, device=keys.device)
+                store[f"winners{up}"] = torch.arange(k, device=keys.device).repeat(B, 1, 1)
+            decay = torch.full((1,), math.exp(-0.5 * 0.25**up), device=keys.device)
+            keys = context_winners(keys, decay, store[f"field{up}"], store[f"winners{up}"])[:, :, 0]
+            out.append(keys)
+        return out
+
+    def forward(self, keys, state=None):
+        rows = [code.flatten(0, 1) >> up for up, code in enumerate(self.codes(keys, state), 1)]
+        folded = sum(F.embedding_bag(row, vectors, mode="sum") for row, vectors in zip(rows, self.vectors))
+        return (folded / math.sqrt(keys.size(-1))).view(*keys.shape[:2], -1)
+
+    def flops_per_token(self, T):
+        """Forward FLOPs of the unions' decay."""
+        return len(self.vectors) * self.size
+
+
 class SDREngramMemory(nn.Module):
     """What followed the current bits earlier in the text, (B, T, C). Values are words' vectors, projected.
 
-    "hebb" and "willshaw" read the mean of what followed, with 0 as a prior of weight 1; "delta" what came last.
+    "hebb" and "willshaw" read the mean of what followed, with 0 as a prior of weight 1; "delta" what came last. A trail
+    goes on from there: the word whose value is nearest to what was read is the next query. The choice has no gradient.
     """
 
     def __init__(self, config):
@@ -2479,20 +2649,39 @@ class SDREngramMemory(nn.Module):
         self.has_word_rows = has_small_vocabulary(config)
         self.c_value = nn.Linear(config.n_embd, config.sdr_value_dim, bias=False)  # linear in the sum of bits
         self.c_proj = nn.Linear(config.sdr_value_dim, config.n_embd, bias=config.bias)
+        further = range(1, config.sdr_trail)
+        self.trail = nn.ModuleList(nn.Linear(config.sdr_value_dim, config.n_embd, bias=False) for _ in further)
 
     def forward(self, slots, active, words, vectors, state=None):
         """slots (B, T), rows of the words' active (U, k) and vectors `words` (U, C); vectors (n, C) those of bits."""
         store = None if state is None else state.of(self)
+        read, kept = self.read(slots, active, words, vectors, store)
+        y = self.c_proj(read)
+        for c_next in self.trail:
+            read, _ = self.read(slots, active, words, vectors, store, self.nearest(read, words))
+            y = y + c_next(read)
+        if store is not None:
+            store.update(kept)
+        return y
+
+    def read(self, slots, active, words, vectors, store, queries=None):
+        """(reads (B, T, d), what to store) of the words slots (B, T), or of queries in their place."""
         if self.rule == "willshaw" and not self.training:
-            return self.c_proj(self.recall_bits(active[slots], vectors, {} if store is None else store))
+            return self.recall_bits(active[slots], vectors, store or {}, None if queries is None else active[queries])
         values = self.c_value(words)
         if self.rule != "delta":
             values = torch.cat((values, torch.ones_like(values[:, :1])), 1)
         rule = "delta" if self.rule == "delta" else "hebb"
-        o, kept = recall(slots, self.features(active, words.dtype), values, rule, self.decay, store)
-        if store is not None:
-            store.update(kept)
-        return self.c_proj((o if self.rule == "delta" else o[..., :-1] / (1 + o[..., -1:])).to(words.dtype))
+        o, kept = recall(slots, self.features(active, words.dtype), values, rule, self.decay, store, queries)
+        return (o if self.rule == "delta" else o[..., :-1] / (1 + o[..., -1:])).to(words.dtype), kept
+
+    @torch.no_grad()
+    def nearest(self, read, words):
+        """The word, a row of words (U, C), whose value has the largest cosine with what was read (B, T, d): (B, T)."""
+        values, wide = in_float32(self.c_value(words))
+        with wide:
+            unit = F.normalize(values, dim=-1).mT
+            return torch.cat([(part.to(unit.dtype) @ unit).argmax(-1) for part in read.split(CHUNK, dim=1)], 1)
 
     def features(self, active, dtype):
         """The features of a token: its bits over sqrt(k), or its overlaps with all words. Inner products are equal."""
@@ -2503,34 +2692,40 @@ class SDREngramMemory(nn.Module):
         overlaps = (bits @ bits.mT / k).to(dtype)
         return lambda slots: (overlaps[slots], F.one_hot(slots, len(active)))
 
-    def recall_bits(self, keys, vectors, store):
-        """Means (B, T, d) of the values of the bits that the binary memory gives back."""
+    def recall_bits(self, keys, vectors, store, queries=None):
+        """(means (B, T, d) of the values of the bits that the binary memory gives back, what to store)."""
         B, _, k = keys.shape
-        if "M" not in store:
-            store["M"] = keys.new_zeros(B, self.size, self.size // 64)
-        words = willshaw(keys, store.get("before", keys[:, 0, :0]), store["M"])
-        store["before"], values, means = keys[:, -1], self.c_value(vectors) / math.sqrt(k), []
+        M = store["M"].clone() if "M" in store else keys.new_zeros(B, self.size, self.size // 64)
+        words = willshaw(keys, store.get("before", keys[:, 0, :0]), M, queries)
+        values, means = self.c_value(vectors) / math.sqrt(k), []
         for part in words.split(CHUNK, dim=1):
             bits = unpack(part, self.size).to(values.dtype)
             means.append(bits @ values / (1 + bits.sum(-1, keepdim=True) / k))
-        return torch.cat(means, 1)
+        return torch.cat(means, 1), {"M": M, "before": keys[:, -1]}
 
     def flops_per_token(self, T):
-        """Forward FLOPs: pairs within half a chunk, and one read and one write of the memory."""
+        """Forward FLOPs: pairs within half a chunk, one read and one write; a trail does it again and finds a word."""
         rows = self.vocab_size if self.has_word_rows else self.size
-        return 2 * self.c_value.out_features * (min(T, CHUNK) // 2 + 2 * rows)
+        each = 2 * self.c_value.out_features * (min(T, CHUNK) // 2 + 2 * rows)
+        return each + len(self.trail) * (each + 2 * self.c_value.out_features * self.vocab_size)
 
 
 class SDREmbedding(nn.Module):
-    """Takes wte's place: tokens (B, T) -> (x (B, T, C), the words' vectors (V, C) for a tied head, else None)."""
+    """Takes wte's place: tokens (B, T) -> (x (B, T, C), words, recalled).
+
+    words: their vectors (V, C) for a tied head, else None; recalled: what the memory adds, (B, T, C), where
+    engram_at="head", else None, because it is in x.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.vocab_size, self.is_tied = config.vocab_size, config.tie_weights
+        self.recalls_late = config.engram_at == "head"
         self.is_small = has_small_vocabulary(config)
         self.encoder = SemanticFoldingEncoder(config)
         self.retina = SemanticRetina(config) if config.sdr_radius else None
         self.context = ContextEncoder(config) if config.sdr_scales else None
+        self.levels = CodeLevels(config) if config.sdr_levels > 1 else None
         self.memory = SDREngramMemory(config) if config.sdr_rule != "none" else None
 
     def forward(self, idx, state=None):
@@ -2547,9 +2742,13 @@ class SDREmbedding(nn.Module):
         x = F.embedding(slots, table)
         if self.context is not None:
             x = x + self.context(active[slots], self.encoder.vectors, state)
+        if self.levels is not None:
+            x = x + self.levels(active[slots], state)
+        recalled = None
         if self.memory is not None:
-            x = x + self.memory(slots, active, folded, self.encoder.vectors, state)
-        return x, table if self.is_tied else None
+            recalled = self.memory(slots, active, folded, self.encoder.vectors, state)
+            x, recalled = (x, recalled) if self.recalls_late else (x + recalled, None)
+        return x, table if self.is_tied else None, recalled
 
     def look_up(self, words=None):
         """(active bits (U, k), their vector (U, C), that and the retina's (U, C)) of words (U,), or of all."""
@@ -2576,7 +2775,8 @@ def distinct(idx, vocab_size):
 #   "sphere": p = W x / |W x| in manifold_dim dimensions, f = p sqrt(dim).
 #   "e7":     p = tanh(W x), 70 coordinates of E7(7)/SU(8); f = L(p) v for learned v in the 56 (kernels/e7.py).
 #   "rotor":  p = R in Spin(8), 28 angles; f = R v R^T for learned pairs v of antisymmetric 8 x 8, 28 + 28.
-# Once, after the embedding, each token by itself: x (B, T, C) -> (B, T, C), O(T C (points + features)).
+# Once, after the embedding, or by a map of its own in each block, as a sublayer before the token mixer (manifold_at);
+# each token by itself: x (B, T, C) -> (B, T, C), O(T C (points + features)).
 # Sources: Cremmer & Julia 1979 for the coset and its 56; Clifford rotors as products of plane rotations are classical.
 
 MANIFOLD_COORDINATES = {"e7": 70, "rotor": 28}  # a sphere has as many as it is asked for
@@ -2623,6 +2823,7 @@ class ManifoldProjection(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.manifold, self.geodesic_weight = config.manifold, config.geodesic_weight
+        self.share = 1 / config.n_layer if config.manifold_at == "blocks" else 1.0
         n = MANIFOLD_COORDINATES.get(config.manifold, config.manifold_dim)
         self.ln = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.c_point = nn.Linear(config.n_embd, n, bias=config.bias)
@@ -2665,11 +2866,13 @@ class ManifoldProjection(nn.Module):
         return torch.tanh(self.gate) * self.c_proj(f.to(x.dtype)), point
 
     def add_losses(self, point, run):
-        """In training leave "geodesic", the bending of the path of the points (B, T, P), in run.losses."""
+        """In training leave "geodesic", the bending of the path of points (B, T, P), or the blocks' mean."""
         if self.geodesic_weight and run.training and run.targets is not None:
             point, full_precision = in_float32(point)
             with full_precision:
-                run.losses["geodesic"] = (self.geodesic_weight, path_bending(point, self.manifold))
+                bending = self.share * path_bending(point, self.manifold)
+                so_far = run.losses["geodesic"][1] if "geodesic" in run.losses else 0.0
+                run.losses["geodesic"] = (self.geodesic_weight, so_far + bending)
 
     def flops_per_token(self, T):
         """Forward FLOPs of L(z) v, or of R and R v R^T: 2 per multiply-add."""
@@ -2677,6 +2880,21 @@ class ManifoldProjection(nn.Module):
             return 0
         own, each = {"e7": (0, 729 + 56 * 27), "rotor": (7 * 128, 1024 + 448)}[self.manifold]
         return 2 * (own + each * len(self.vectors))
+
+
+def on_manifold(x, manifold, spectral, run):
+    """What the manifold adds to x (B, T, C); the points' spectral coordinates and losses are left in run."""
+    moved, point = manifold(x)
+    manifold.add_losses(point, run)
+    run.spectrum = None if spectral is None else spectral(point)
+    return moved
+
+
+def manifold_parts(config, place):
+    """The projection and the spectral decomposition for one place of manifold_at, None what is off."""
+    is_here = config.use_manifold and config.manifold_at == place
+    projection = ManifoldProjection(config) if is_here else None
+    return projection, SpectralDecomposition(config) if is_here and config.has_spectrum else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2860,7 +3078,7 @@ class Streams(nn.Module):
     def __init__(self, config, blocks):
         super().__init__()
         self.n = config.mhc_streams if config.use_mhc else 0
-        wires = [wire for block in blocks for wire in (block.wire_1, block.wire_f, block.wire_2)]
+        wires = [wire for block in blocks for wire in (block.wire_m, block.wire_1, block.wire_f, block.wire_2)]
         self.wires = tuple(wire for wire in wires if isinstance(wire, HyperConnections))  # a tuple registers no modules
 
     def spread(self, x):
@@ -2872,11 +3090,10 @@ class Streams(nn.Module):
         return {"composite_gain": composite_gain(mixing)} if mixing else {}
 
 
-def wiring(config, layer, sublayer):
-    """The wiring of a block's sublayer, 0 the first."""
+def wiring(config, layer, sublayer, per_block):
+    """The wiring of a block's sublayer, 0 the first of `per_block`."""
     if not config.use_mhc:
         return Residual(config)
-    per_block = 3 if config.use_region_feedback else 2
     return HyperConnections(config, layer * per_block + sublayer, config.n_layer * per_block)
 
 

@@ -835,11 +835,12 @@ class Log:
         """A training line; the bar moves, or a line is printed where there is no terminal."""
         self.metrics(step, values)
         self.bar.n = step + 1
-        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s")
+        silent = f", sparsity {values['sparsity']:.4f}" if "sparsity" in values else ""  # of sparse events
+        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s{silent}")
         if not self.terminal:
             mfu = f", mfu {values['mfu']:.1%}" if "mfu" in values else ""
             speed = f"{values['ms']:.1f} ms, {values['tokens_per_s']:,.0f} tokens/s"
-            self.write_line(f"iter {step}: loss {values['loss']:.4f}, {speed}{mfu}")
+            self.write_line(f"iter {step}: loss {values['loss']:.4f}, {speed}{mfu}{silent}")
 
     def evaluation(self, step, values):
         self.metrics(step, values)

@@ -47,10 +47,11 @@ def willshaw_reference(keys, n):
 # "hebb" and "delta" in chunks.
 
 
-def recall(ids, features, values, rule="hebb", decay=1.0, store=None):
-    """Reads (B, T, d) of tokens ids (B, T), whose values are rows of `values` (U, d); float32 or better.
+def recall(ids, features, values, rule="hebb", decay=1.0, store=None, queries=None):
+    """(reads (B, T, d), what to store) of tokens ids (B, T), whose values are rows of `values` (U, d); float32 or more.
 
-    features(ids) -> (q, w), (B, T, F) each. store: a dict with the memory of the tokens before; it is updated.
+    features(ids) -> (q, w), (B, T, F) each. store: a dict with the memory of the tokens before. queries (B, T): tokens
+    to read with in place of ids, which are written all the same.
     """
     B, T = ids.shape
     keeps, store = store is not None, store or {}
@@ -60,10 +61,11 @@ def recall(ids, features, values, rule="hebb", decay=1.0, store=None):
         for start in range(0, T, CHUNK):
             now = ids[:, start : start + CHUNK]
             q, w = (x.to(values.dtype) for x in features(now))
+            asked = q if queries is None else features(queries[:, start : start + CHUNK])[0].to(values.dtype)
             v = F.embedding(now, values)
             first = (torch.zeros_like(q[:, :1]), torch.zeros_like(q[:, :1])) if before is None else before
             p, w_before = (torch.cat((a, b[:, :-1]), 1) for a, b in zip(first, (q, w)))
-            o, M = chunk(q, w_before, p, v, M, rule, decay, keeps or start + CHUNK < T)
+            o, M = chunk(asked, w_before, p, v, M, rule, decay, keeps or start + CHUNK < T)
             before = (q[:, -1:], w[:, -1:])
             out.append(o)
     return torch.cat(out, 1), {"M": M, "before": before} if keeps else None
@@ -123,21 +125,24 @@ def intersect(words):
 
 
 @torch.library.custom_op("nanochimera::willshaw", mutates_args=("memory",))
-def willshaw(keys: torch.Tensor, before: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """Packed bits recalled by keys (B, T, k), (B, T, n / 64) int64.
+def willshaw(
+    keys: torch.Tensor, before: torch.Tensor, memory: torch.Tensor, queries: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Packed bits recalled by keys (B, T, k), or by queries (B, T, k), (B, T, n / 64) int64.
 
     memory (B, n, n / 64) int64 is updated; before (B, k), the key that came before, or (B, 0).
     """
     row, n, out = torch.arange(len(keys), device=keys.device)[:, None], memory.size(1), []
-    for key, code in zip(keys.unbind(1), pack(keys, n).unbind(1)):
-        out.append(intersect(memory[row, key]))
+    asked = keys if queries is None else queries
+    for key, query, code in zip(keys.unbind(1), asked.unbind(1), pack(keys, n).unbind(1)):
+        out.append(intersect(memory[row, query]))
         memory[row, before] |= code[:, None]
         before = key
     return torch.stack(out, 1)
 
 
 @willshaw.register_fake
-def _(keys, before, memory):
+def _(keys, before, memory, queries=None):
     return keys.new_empty(*keys.shape[:2], memory.size(2))
 
 

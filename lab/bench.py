@@ -12,6 +12,7 @@ Speed and memory, always beside a reference in the same run.
     python -m lab.bench local      # steps of learning rules
     python -m lab.bench embeddings # steps and memory of sparse codes and manifolds, float32
     python -m lab.bench recall     # key-value pairs in random text: the share recalled from beyond the attention window
+    python -m lab.bench energy     # operations and bytes of channel mixers, times a table of picojoules: no watt meter
     python -m lab.bench kernels    # Triton: what ptxas says of each kernel, bytes moved, and speed where there is a GPU
     python -m lab.bench step --only=cpu --repeats=21
     python -m lab.bench step config/ablation/fhn.py  # a config file is a further row of each table
@@ -48,6 +49,7 @@ from data.corpus import DataError
 from data.dataset import TokenDataset
 from kernels.wavekan import edges_reference, wavelet_edges
 from lab.attention import ATTENTION_LENGTHS, bench_attention
+from lab.energy import ENERGY_ROWS, bench_energy
 from lab.measure import (
     compare,
     flags_of,
@@ -597,6 +599,7 @@ BENCHES = {
     "local": Bench(each(LOCAL), list(LOCAL), LOCAL_ROWS),
     "embeddings": Bench(each(EMBEDDINGS), list(EMBEDDINGS), EMBEDDING_ROWS),
     "recall": Bench(bench_recall, RECALLERS, []),
+    "energy": Bench(bench_energy, ["start", "50%", "90%"], ENERGY_ROWS),
     "kernels": Bench(each(KERNELS), list(KERNELS)),
 }
 

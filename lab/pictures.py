@@ -6,7 +6,8 @@ What the ideas look like inside trained models.
     python -m lab.ablate --pictures                                  # all of them, from a comparison's runs
 
 It needs a run's folder with ckpt.pt, whose model has what the picture shows, and its data set. Pictures: routing,
-waves, knots, oscillators, wavelets, sdr, mhc, spectrum, coxeter; and alignment, from metrics.jsonl of one run or more.
+waves, knots, oscillators, wavelets, sdr, noise, mhc, spectrum, coxeter; and alignment, from metrics.jsonl of one run or
+more.
 """
 
 import io
@@ -24,6 +25,7 @@ from configurator import ConfigError
 from data.corpus import DataError, load_tokenizer
 from data.dataset import TokenDataset
 from kernels.e7 import SETS, SIMPLE, e7_roots
+from kernels.engram import SDROperations
 from kernels.wavekan import wavelet_bank
 from model import (
     GPT,
@@ -191,6 +193,45 @@ def picture_sdr(folder, words=8):
     return figure
 
 
+@torch.no_grad()
+def recall_under_noise(embedding, pairs, flipped, seed=0):
+    """The share of stored pairs whose second word is recalled from the first one's set with `flipped` bits moved.
+
+    A text of pairs + 1 distinct words at random is written; then each but the last is asked for in a copy of its own.
+    """
+    memory, generator = embedding.memory, torch.Generator().manual_seed(seed)
+    active, words, _ = embedding.look_up()
+    text = torch.randperm(len(words), generator=generator)[: pairs + 1]
+    noisy = SDROperations.noise(active[text[:-1]], memory.size, flipped, generator)
+    slots = torch.cat((text, text[:1])).expand(pairs, -1)  # a pair can be read from the second token after it on
+    queries = (len(words) + torch.arange(pairs))[:, None].expand_as(slots)
+    both = torch.cat((active, noisy)), torch.cat((words, words[:pairs]))  # the noisy sets are further words to ask with
+    read, _ = memory.read(slots, *both, embedding.encoder.vectors, None, queries)
+    return (memory.nearest(read[:, -1:], words)[:, 0] == text[1:]).float().mean().item()
+
+
+def picture_noise(folder, texts=8):
+    """Recall of pairs of distinct words by the trained codes and memory, over the share of flipped bits of the cue."""
+    model, (embedding, *_) = load(folder, SDREmbedding)
+    if embedding.memory is None:
+        raise ConfigError(f'{folder}: sdr_rule="none" has no memory, which this picture shows')
+    k, V = model.config.sdr_active, model.config.vocab_size
+    model.eval()
+    figure, axes = pyplot().subplots(figsize=(7, 4.5), **TIGHT)
+    for pairs in sorted({min(n, V - 1) for n in (8, 32, 128)}):
+        shares = []
+        for flipped in range(k + 1):
+            runs = [recall_under_noise(embedding, pairs, flipped, seed) for seed in range(texts)]
+            shares.append(sum(runs) / texts)
+        axes.plot([m / k for m in range(k + 1)], shares, marker=".", label=f"{pairs} pairs")
+    axes.axhline(1 / V, color="black", lw=0.8, ls="--", label="chance")
+    axes.set(xlabel=f"share of the cue's {k} bits that were moved", ylabel="share of pairs recalled", ylim=(0, 1.02))
+    axes.set_title(f'Recall from noisy cues, sdr_rule="{model.config.sdr_rule}", {texts} random texts')
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def picture_mhc(folder):
     """How each sublayer mixes the residual streams at the last token of a text, and the product of all that."""
     read = Reading(folder, HyperConnections)
@@ -355,6 +396,7 @@ PICTURES = {
     "oscillators": (("bio",), picture_oscillators),
     "wavelets": (("kan",), picture_wavelets),
     "sdr": (("sdr",), picture_sdr),
+    "noise": (("sdr", "sdr_delta"), picture_noise),
     "mhc": (("mhc", "mhc_2"), picture_mhc),
     "spectrum": (("manifold_spectral",), picture_spectrum),
     "coxeter": (("manifold_e7", "manifold_e7_spectral"), picture_coxeter),

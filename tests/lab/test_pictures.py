@@ -7,6 +7,7 @@ import torch
 
 from helpers import ROOT, run_here as train_here
 from lab import pictures
+from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.slow
 
@@ -74,3 +75,16 @@ def test_coxeter_plane():
     turn = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]], dtype=torch.float64)
     distance = torch.cdist(places @ turn.T, places).amin(1)
     assert distance.max() < 1e-6
+
+
+@pytest.mark.parametrize("rule", ["hebb", "delta", "willshaw"])
+def test_recall_under_noise(rule):
+    """All of a few pairs by clean cues, chance by moved ones, and less with every bit between, nearly."""
+    torch.manual_seed(0)
+    flags = {"use_sdr": True, "sdr_size": 1024, "sdr_active": 20, "sdr_rule": rule, "vocab_size": 61}
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=8, **flags)).eval()
+    found = [
+        sum(pictures.recall_under_noise(model.transformer.wte, 10, m, seed) for seed in range(20)) / 20
+        for m in (0, 5, 10, 15, 20)
+    ]
+    assert found[0] > 0.99 and found[-1] < 0.2 and found[1] <= found[0] and found[-1] <= found[-2]

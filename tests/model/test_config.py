@@ -87,6 +87,8 @@ OFF = {
     'fhn_dynamics="fhn"': {"attn_mode": "fhn", "fhn_dynamics": "linear"},
     'sdr_rule="hebb" or "willshaw"': {"use_sdr": True, "sdr_rule": "delta"},
     "a memory (sdr_rule)": {"use_sdr": True, "sdr_rule": "none"},
+    'bio_lateral="concat" or "nonlinear"': {"use_bio_mlp": True, "bio_compartments": 4, "bio_lateral": "none"},
+    "a gate (here neurons spike)": {"use_bio_mlp": True, "bio_spiking": True},
     'hc_mode="mhc"': {"use_mhc": True, "hc_mode": "hc"},
     "cells of their own (here anchors make them)": {"use_block_sparse": True, "use_knot_attention": True},
 }

@@ -41,7 +41,7 @@ def wires(dtype=torch.float64, scale=1.0, **flags):
     """A block's two sublayers of a model of N_LAYER, with coefficients that really depend on the token."""
     torch.manual_seed(0)
     c = config(**flags)
-    found = nn.ModuleList(wiring(c, layer, s) for layer in range(N_LAYER) for s in range(2)).to(dtype)
+    found = nn.ModuleList(wiring(c, layer, s, 2) for layer in range(N_LAYER) for s in range(2)).to(dtype)
     for wire in found:
         nn.init.normal_(wire.coefficients.weight, std=0.3)
         nn.init.constant_(wire.scale, scale)

@@ -15,6 +15,7 @@ from model import (
     ContextEncoder,
     DecodingState,
     Fold,
+    GPTConfig,
     SDREmbedding,
     SDREngramMemory,
     SDROperations,
@@ -32,7 +33,7 @@ def config(**flags):
     defaults = {"vocab_size": 11, "n_embd": 6, "bias": True, "tie_weights": True, "sdr_size": 128, "sdr_active": 7,
                 "sdr_boost": 0.02, "sdr_radius": 2, "sdr_scales": 3, "sdr_rule": "hebb", "sdr_decay": 0.9,
                 "sdr_value_dim": 4}  # fmt: skip
-    return SimpleNamespace(**defaults | flags)
+    return SimpleNamespace(**vars(GPTConfig()) | defaults | flags)
 
 
 def seeded(seed=0):
@@ -409,7 +410,7 @@ def test_contracts(case):
 
 def test_every_parameter_gets_a_gradient(case):
     m, idx = case
-    x, table = m(idx)
+    x, table, _ = m(idx)
     (x.square().sum() + (0 if table is None else table.square().sum())).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in m.parameters())
 

@@ -944,3 +944,16 @@ def test_precision_aliases(shakespeare, tmp_path, capsys):
     words = [x for x in flags(shakespeare, tmp_path, max_iters=1) if "dtype" not in x]
     assert run_here(*words, "--precision", "bf16-mixed", "--devices=1") == 0
     assert "dtype bfloat16" in capsys.readouterr().out
+
+
+def test_a_training_line_shows_how_many_events_are_silent(capsys):
+    log = object.__new__(train.Log)
+    log.terminal, log.bar, log.metrics = False, train.tqdm(disable=True), lambda step, values: None
+    values = {"loss": 1.5, "ms": 20.0, "tokens_per_s": 3000.0}
+    log.training(3, values | {"sparsity": 0.25})
+    log.training(4, values)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "iter 3: loss 1.5000, 20.0 ms, 3,000 tokens/s, sparsity 0.2500",
+        "iter 4: loss 1.5000, 20.0 ms, 3,000 tokens/s",
+    ]
