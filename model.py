@@ -10,7 +10,7 @@ gradients that arrive, and measured against the same control.
     tokens = model.generate(idx, 100, temperature=0)  # decoding with a cache
     GPTConfig(attn_pattern="fhn,softmax", use_kan=True, pos_embedding="none")  # switch things
 
-How to read it: the first 900 lines are the model, that is its flags, their rules, what a forward pass carries, `Block`
+How to read it: the first 1000 lines are the model, that is its flags, their rules, what a forward pass carries, `Block`
 and `GPT`. The rest is a catalogue, to be opened where a flag leads. Each idea has a section: a rule with its equation,
 cost and source, then the code.
 

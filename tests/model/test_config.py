@@ -102,7 +102,7 @@ def another(name):
     if kind is bool:
         return not default
     if kind is str:
-        return {"short_conv_at": "a"}[name]
+        return {"short_conv_at": "a", "region_feedback_edges": "0>1"}[name]
     tries = (default + 1, default - 1, default / 2 + 0.1, default * 0.9, 0.3)
     return next(kind(v) for v in tries if kind(v) != default and inside(kind(v), INTERVALS[name]))
 
@@ -113,6 +113,9 @@ def test_a_flag_is_refused_where_it_does_nothing(flags, switch, is_on, monkeypat
     around = OFF.get(switch, {})
     assert not is_on(GPTConfig(**around)), "this row is met by the plain model: OFF needs an entry for it"
     for name in flags.split():
+        if name == "ferope_anchor_relative":  # switches use_ferope on by itself
+            assert GPTConfig(**around | {name: True}).use_ferope
+            continue
         text = refusal(**around | {name: another(name)})
         assert text == f"{name}={another(name)} does nothing without {switch}: set that too"
 

@@ -17,9 +17,9 @@ def functions(path):
 
 def test_the_machine_comes_first():
     """Flags, rules, Pass, Block and GPT, in as many lines as the docstring says; then the catalogue."""
-    assert "the first 900 lines are the model" in MODEL
+    assert "the first 1000 lines are the model" in MODEL
     machine = MODEL.split("# Small parts:")[0]
-    assert len(machine.splitlines()) <= 900
+    assert len(machine.splitlines()) <= 1000
     names = [node.name for node in ast.parse(MODEL).body if isinstance(node, ast.ClassDef)]
     assert names[:5] == ["GPTConfig", "Pass", "DecodingState", "Block", "GPT"]
     assert all(f"\nclass {name}" in machine for name in names[:5])

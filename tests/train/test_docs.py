@@ -82,9 +82,8 @@ def test_what_became_of_the_originals_is_there():
         for module in re.findall(r"-m (lab\.\w+)", words):
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
         if found := re.fullmatch(r"(?:--)?([a-z]\w*_\w+)(=.*)?", words):
-            known = (
-                found[1] in keys or found[1] in CHECKED_ELSEWHERE or (ROOT / f"config/presets/{found[1]}.py").is_file()
-            )
+            configs = [(ROOT / f"config/{folder}/{found[1]}.py").is_file() for folder in ("presets", "ablation")]
+            known = found[1] in keys or found[1] in CHECKED_ELSEWHERE or any(configs)
             assert known or hasattr(model, found[1]), words
 
 
