@@ -22,7 +22,7 @@ from smoke_test import SIZE, VARIANTS
 # The values of a flag besides its default: numbers that suit SIZE, mixers; every choice and both bools follow below
 VALUES = {
     "dropout": [0.1],
-    "region_feedback_edges": ["0>2"],
+    "region_feedback_edges": ["0>1"],
     "attn_mode": ["sigmoid", "fhn", "kaufmann", "gla", "gdn"],
     "attn_pattern": ["fhn,softmax", "kaufmann,sigmoid"],
     "short_conv": [3],
@@ -130,7 +130,7 @@ ON = {
     "region_edges": [{"use_block_sparse": True, "region_size": 2}],
     "use_region_feedback": [{"region_size": 2}],
     "region_rings feedback_hops": [{"use_region_feedback": True, "region_size": 2}],
-    "region_feedback_edges": [{"use_region_feedback": True, "region_size": 1}],
+    "region_feedback_edges": [{"use_region_feedback": True, "region_size": 2}],
     "region_slate_include_prior region_prior_decay": SLATES,
     "region_slate_include_error": [{"add_l4_losses": True, "region_size": 2}],
     "knot_vertices knot_k knot_learned_threshold": KNOTS,
