@@ -35,7 +35,7 @@ CARTAN = torch.stack([(h * 2).diag().double() for h in e7_cartan() / 2])  # (7, 
 def config(manifold="sphere", **flags):
     defaults = {"n_embd": 16, "bias": True, "manifold_dim": 6, "manifold_vectors": 2, "geodesic_weight": 0.1,
                 "n_eigenvectors": 4, "spectral_landmarks": 12, "spectral_refresh": 3}  # fmt: skip
-    return SimpleNamespace(**defaults | flags, manifold=manifold)
+    return SimpleNamespace(**{"manifold_at": "embedding"} | defaults | flags, manifold=manifold)
 
 
 def uniform(*shape, dtype=torch.float64, seed=0, most=1.0):

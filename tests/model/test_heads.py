@@ -552,7 +552,6 @@ def test_compiles():
         ({"mfs_K": 2}, "use_mfs_head"),
         ({"mfs_lowrank_r": 2}, "use_mfs_head"),
         ({"use_mfs_head": True, "mfs_K": 0}, "mfs_K"),
-        ({"use_mfs_head": True, "n_layer": 2}, "mfs_layers"),
         ({"use_mfs_head": True, "vocab_size": 3}, "mfs_P"),
         ({"loss_chunk": -1}, "loss_chunk"),
         ({"ae_window": 4}, "add_l4_losses"),

@@ -693,7 +693,6 @@ def test_exactly_restores_what_was():
         ({"ste_sigmoid": True}, "ste_sigmoid"),
         ({"ste_gelu": True, "mlp_act": "relu2"}, "ste_gelu"),
         ({"ln_mode": "zca"}, "ln_mode"),
-        ({"fuse_attn_local": True, "dropout": 0.1}, "fuse_attn_local"),
         ({"fuse_attn_local": True, "use_block_sparse": True}, "fuse_attn_local"),
         ({"fuse_attn_local": True, "attn_mode": "sigmoid"}, "fuse_attn_local"),
         ({"mlp_topk": -1}, "mlp_topk"),
@@ -755,3 +754,19 @@ def test_limits_are_counted_in_every_block():
     for flags, each in (({"vq_codes": 16}, 2 * 16 * 8), ({"vq_codes": 16, "vq_per_block": True}, 2 * 16 * 8),
                         ({"subspace_rank": 4}, 4 * 4 * 8)):  # fmt: skip
         assert GPT(GPTConfig(**size, **flags)).flops_per_token() - plain == 3 * 3 * each
+
+
+def test_the_local_softmax_drops_its_mix():
+    """With dropout: in evaluation the plain model, in training a mean over many draws that is its output."""
+    size = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "vocab_size": 11, "dropout": 0.2}
+    torch.manual_seed(0)
+    local, plain = (GPT(GPTConfig(**size, fuse_attn_local=on)) for on in (True, False))
+    plain.load_state_dict(local.state_dict())
+    idx = torch.randint(11, (2, 8))
+    torch.testing.assert_close(local.eval()(idx)[0], plain.eval()(idx)[0])
+    attention = local.train().transformer.h[0].attn
+    attention.resid_dropout.p = 0.0
+    x = torch.randn(2, 8, 8)
+    draws = torch.stack([attention(x) for _ in range(3000)])
+    error = (draws.mean(0) - plain.eval().transformer.h[0].attn(x)).abs()
+    assert (draws.std(0) > 0).all() and (error < 6 * draws.std(0) / 3000**0.5).all()
