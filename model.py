@@ -463,6 +463,8 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
      "bio_compartments={bio_compartments}: each needs a part of n_embd={n_embd}"),
     (lambda c: c.bio_connectivity != "dense" and c.bio_compartments < (4 if c.bio_connectivity == "ring" else 2),
      "bio_connectivity={bio_connectivity!r} is dense for bio_compartments={bio_compartments}: take 2, for a ring 4"),
+    (lambda c: c.bio_spiking and c.bio_compartments,
+     "bio_spiking integrates the input itself: no bio_compartments={bio_compartments}, somas are too faint to spike"),
     (lambda c: not c.short_conv_at or c.short_conv_at != "".join(x for x in "abcd" if x in c.short_conv_at),
      "short_conv_at={short_conv_at!r}: some of the letters a, b, c, d, in this order"),
     (lambda c: c.short_conv and "b" in c.short_conv_at and not c.has("has_values"),
@@ -498,7 +500,7 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
     (lambda c: c.use_mfs_head and c.mfs_P > c.vocab_size,
      "mfs_P={mfs_P} must be at most vocab_size={vocab_size}"),
     (lambda c: sum(getattr(c, f"use_{name}_head") for name in HEADS) > 1, "several flags use_NAME_head: keep one"),
-    (lambda c: c.aux_heads != ",".join(n for n in map(str, range(1, c.n_layer)) if n in c.aux_heads.split(",")),
+    (lambda c: c.aux_heads and not is_ascending(c.aux_heads, c.n_layer),
      "aux_heads={aux_heads!r}: layers below n_layer={n_layer}, counted from 1, in order, without spaces, as in '2,4'"),
     (lambda c: c.use_mla and c.mla_mode == "scalar" and c.n_layer < 2,
      'mla_mode="scalar" mixes layers: n_layer={n_layer} must be at least 2'),
@@ -691,8 +693,8 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("c_proj.weight", "o_proj.weight")):  # 2 n_layer of these add up in the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-                if self.config.zero_init_proj and name.startswith("transformer.h."):
-                    nn.init.zeros_(p)
+                if self.config.zero_init_proj and name.startswith("transformer.h.") and ".manifold." not in name:
+                    nn.init.zeros_(p)  # a manifold's has a gate that starts at 0: both would stay there
 
     @staticmethod
     def _init_weights(module):
@@ -866,7 +868,8 @@ class GPT(nn.Module):
                 yield new
         finally:
             self.train(training)
-            self.crop_block_size(block_size)
+            if self.config.block_size > block_size:  # a learned table is never cut: its parameter would be another one
+                self.crop_block_size(block_size)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
                  use_cache=True, generator=None, repetition_window=None, known_ids=None):  # fmt: skip
@@ -1198,6 +1201,12 @@ def region_relation(C, rings, region_size=0, edges=0):
         back = region[:, None] - region[None, :]
         allowed |= torch.isin(back, 2 ** torch.arange(edges, device="cpu"))
     return allowed
+
+
+def is_ascending(layers, n_layer):
+    """Whether a text is "2,4": numbers from 1 to n_layer - 1 in ascending order, with commas between them."""
+    numbers = [int(n) for n in layers.split(",")] if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", layers) else [0]
+    return numbers[0] > 0 and numbers[-1] < n_layer and all(a < b for a, b in zip(numbers, numbers[1:]))
 
 
 def pairs_of(edges):
@@ -4284,6 +4293,7 @@ def next_token(logits, idx, temperature, top_k, top_p, min_p, repetition_penalty
     if top_p is not None and top_p < 1:  # the fewest tokens whose probabilities reach top_p
         sorted_probs, order = logits.softmax(-1).sort(descending=True)
         beyond = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # reached before this token
+        beyond[:, 0] = False  # however small top_p is
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     probs = logits.softmax(-1)
     if min_p is not None:

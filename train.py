@@ -444,9 +444,8 @@ def build_model(settings, checkpoint, data):
     if init_from in ("scratch", "auto"):
         known = "vocab_size" in data.meta and "vocab_size" not in settings.given
         vocab_size = data.meta["vocab_size"] if known else settings.values["vocab_size"]
-        config = settings.build(GPTConfig, vocab_size=vocab_size)
-        check_memory(settings, vocab_size)
-        return GPT(config)
+        check_memory(settings, vocab_size)  # before rules that look at each layer
+        return GPT(settings.build(GPTConfig, vocab_size=vocab_size))
     model = model_of(init_from, dropout, data)
     if "block_size" in settings.given:
         try:

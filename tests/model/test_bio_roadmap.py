@@ -230,7 +230,7 @@ def test_thresholds_are_steered_by_spikes_too():
 
 def test_the_mixer_hands_on_what_is_needed():
     torch.manual_seed(0)
-    mixer = BioMLP(config(bio_spiking=True, bio_compartments=2, bio_attention_gain=True)).eval()
+    mixer = BioMLP(config(bio_plasticity=True, bio_compartments=2, bio_attention_gain=True)).eval()
     x, a, state = torch.randn(1, 6, 12), torch.randn(1, 6, 12), DecodingState()
     whole = mixer(x, Pass(attended=a))
     steps = [mixer(x[:, t : t + 1], Pass(attended=a[:, t : t + 1], state=state)) for t in range(6)]

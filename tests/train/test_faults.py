@@ -179,7 +179,11 @@ def test_pairs_of_rows_come_back(examples, tmp_path):
         except ValueError:
             return
         torch.manual_seed(0)
-        model = GPT(config)
+        try:
+            model = GPT(config)
+        except ValueError as e:  # how many regions there are is known when the anchors are drawn
+            assert "region_feedback_edges" in str(e)
+            return
         idx = torch.randint(config.vocab_size, (2, 12))
         model(idx, idx.roll(-1, 1))[1].backward()
         path = tmp_path / "ckpt.pt"

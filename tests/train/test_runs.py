@@ -538,6 +538,11 @@ def test_nohup_is_respected(shakespeare, tmp_path, monkeypatch):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def heed_ctrl_c():
+    """What a shell starts in the background ignores Ctrl-C, and so do its children, this suite's among them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "smoke_test.py", "lab.ablate", "lab.bench", "prepare"])
 @pytest.mark.slow
 def test_ctrl_c_during_start_up_is_quiet(script, tmp_path):
@@ -546,7 +551,8 @@ def test_ctrl_c_during_start_up_is_quiet(script, tmp_path):
                "prepare": [ROOT / "data" / "openwebtext" / "prepare.py", f"--out_dir={tmp_path / 'd'}"]}  # fmt: skip
     for seconds in (0.15, 0.5, 1.2):
         process = subprocess.Popen([sys.executable, *command.get(script, [ROOT / script])], cwd=ROOT, text=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c,
+                                   env=os.environ | {
                                        "HF_HUB_OFFLINE": "1", "TIKTOKEN_CACHE_DIR": str(tmp_path)})  # fmt: skip
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
