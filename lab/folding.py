@@ -158,9 +158,7 @@ def bound(node):
             found.append(part.id)
         elif isinstance(part, ast.arg):
             found.append(part.arg)
-        elif isinstance(part, ast.FunctionDef | ast.ClassDef):
-            found.append(part.name)
-        elif isinstance(part, ast.ExceptHandler) and part.name:
+        elif isinstance(part, ast.FunctionDef | ast.ClassDef) or isinstance(part, ast.ExceptHandler) and part.name:
             found.append(part.name)
         elif isinstance(part, ast.alias):
             found.append(part.asname or part.name)
@@ -344,11 +342,15 @@ class Facts:
             for target, value in assignments(part):
                 if is_self(target):
                     stores.setdefault(target.attr, []).append(value)
-            if isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute) and is_self(part.func):
-                if part.func.attr in ("register_buffer", "register_parameter") and part.args:
-                    name, given = value_of(part.args[0]), part.args[1]
-                    if isinstance(name, str):
-                        stores.setdefault(name, []).append(given if value_of(given) is None else None)
+            if (
+                isinstance(part, ast.Call)
+                and is_self(part.func)
+                and part.func.attr.startswith("register_")
+                and part.args
+            ):
+                name, given = value_of(part.args[0]), part.args[-1]
+                if isinstance(name, str):
+                    stores.setdefault(name, []).append(given if value_of(given) is None else None)
 
     def read_uses(self, node):
         """Stores from outside, and which classes are used other than as a base or in isinstance."""
@@ -434,6 +436,10 @@ class Facts:
             node, ast.Tuple | ast.List | ast.Dict | ast.Lambda | ast.BinOp | ast.JoinedStr | ast.ListComp
         )  # fmt: skip
 
+    def has(self, name):
+        """Whether a class of the program has an attribute or a method of this name."""
+        return any(name in table[c] for c in self.classes for table in (self.methods, self.stores, self.level))
+
     def method(self, cls, name):
         """The one function that self.name can be inside a class, or None."""
         owners = [c for c in self.related(cls) if name in self.methods[c]]
@@ -473,9 +479,33 @@ class Folder(ast.NodeTransformer):
 
     def visit_ClassDef(self, node):
         before, self.cls = self.cls, node.name
-        node.body = self.block(node.body) or [ast.Pass()]
+        node.body = self.block([self.own_static(m) for m in node.body]) or [ast.Pass()]
         self.cls = before
         return node
+
+    def own_static(self, member):
+        """name = staticmethod(function) as a method, where nothing else uses the function."""
+        value = member.value if isinstance(member, ast.Assign) else None
+        if not (
+            isinstance(value, ast.Call) and is_name(value.func, "staticmethod") and isinstance(value.args[0], ast.Name)
+        ):
+            return member
+        function = self.facts.functions.get(value.args[0].id)
+        if function is None or self.facts.mentions[function.name] > 1 or function.decorator_list:
+            return member
+        made = copy.deepcopy(function)
+        made.name, made.decorator_list = member.targets[0].id, [value.func]
+        return made
+
+    def visit_Name(self, node):
+        """A function that only hands its arguments on to another one, as that one."""
+        function = self.facts.functions.get(node.id) if isinstance(node.ctx, ast.Load) else None
+        call = result_of(function) if function is not None and not function.decorator_list else None
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.keywords:
+            return node
+        names = [a.id for a in call.args if isinstance(a, ast.Name)]
+        plain = len(names) == len(call.args) and names == list(parameters(function)) and not function.args.defaults
+        return copy.deepcopy(call.func) if plain and call.func.id in self.facts.functions else node
 
     def visit_FunctionDef(self, node):
         self.active.append(node)
@@ -532,7 +562,9 @@ class Folder(ast.NodeTransformer):
         targets, found = bound(node.target), []
         if set(targets) & {name for s in node.body for name in bound(s)} or len(node.body) > 2:
             return None
-        if self.active and any(read(self.active[-1]).count(t) > sum(read(s).count(t) for s in node.body) for t in targets):
+        if self.active and any(
+            read(self.active[-1]).count(t) > sum(read(s).count(t) for s in node.body) for t in targets
+        ):
             return None
         for row in rows:
             pairs = unpacked(node.target, row)
@@ -587,7 +619,7 @@ class Folder(ast.NodeTransformer):
             operand = self.test(node.operand)
             known = truth(operand)
             return ast.UnaryOp(ast.Not(), operand) if known is None else literal(not known)
-        if isinstance(node, ast.Name) and node.id in self.empty:
+        if isinstance(node, ast.Name) and node.id in self.empty:  # a local {} or []
             return literal(False)
         if not isinstance(node, ast.BoolOp):
             return self.visit(node)
@@ -674,9 +706,12 @@ class Folder(ast.NodeTransformer):
             return node
         if is_empty_iterable(loop.iter):
             return ast.List([], ast.Load())
-        is_filter = isinstance(loop.target, ast.Name) and isinstance(loop.iter, ast.Tuple | ast.List) and loop.ifs
-        if is_filter and isinstance(node.elt, ast.Name) and all(is_atom(e) for e in loop.iter.elts):
-            return self.filtered(node, loop)
+        is_short = isinstance(loop.iter, ast.Tuple | ast.List) and all(is_atom(e) for e in loop.iter.elts)
+        if is_short and isinstance(loop.target, ast.Name):
+            if not loop.ifs and len(loop.iter.elts) < 4:
+                elements = [substitute(node.elt, {loop.target.id: e}) for e in loop.iter.elts]
+                return ast.List([self.visit(e) for e in elements], ast.Load())
+            return self.filtered(node, loop) if isinstance(node.elt, ast.Name) else node
         return node
 
     def filtered(self, node, loop):
@@ -692,6 +727,8 @@ class Folder(ast.NodeTransformer):
     def visit_comprehension(self, node):
         node.target, node.iter = self.visit(node.target), self.visit(node.iter)
         node.ifs = [t for t in map(self.test, node.ifs) if truth(t) is not True]
+        if any(truth(t) is False for t in node.ifs):
+            node.iter, node.ifs = ast.Tuple([], ast.Load()), []
         return node
 
     def visit_Attribute(self, node):
@@ -748,9 +785,9 @@ class Folder(ast.NodeTransformer):
             if isinstance(chosen, ast.Subscript) and isinstance(keys := value_of(chosen.value), tuple):
                 chosen.value = ast.Tuple([copy.deepcopy(entries[k]) for k in keys], ast.Load())
                 return chosen
-        if type(key) is int and isinstance(table, ast.Tuple) and is_pure(table) and -len(table.elts) <= key < len(table.elts):
-            if not any(isinstance(e, ast.Starred) for e in table.elts):
-                return table.elts[key]
+        parts = table.elts if isinstance(table, ast.Tuple) and is_pure(table) else []
+        if type(key) is int and -len(parts) <= key < len(parts) and not any(isinstance(e, ast.Starred) for e in parts):
+            return parts[key]
         return self.folded(node)
 
     def visit_Call(self, node):
@@ -765,6 +802,8 @@ class Folder(ast.NodeTransformer):
             plain = len(arguments) == len(f.args.args) == len(node.args) and not node.keywords
             result = inlined(f.body, arguments) if plain else None
             return node if result is None else self.visit(result)
+        if isinstance(f, ast.Name) and f.id == "hasattr" and isinstance(name := value_of(node.args[1]), str):
+            return node if self.facts.has(name) or hasattr(nn.Module, name) else literal(False)
         if isinstance(f, ast.Name) and f.id in ("getattr", "isinstance"):
             return self.reflected(node)
         if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Dict) and not f.value.keys and not node.args:
@@ -773,10 +812,19 @@ class Folder(ast.NodeTransformer):
             return self.items(node)
         if isinstance(f, ast.Attribute) and f.attr == "having" and node.args:
             name = value_of(node.args[0])
-            owners = [c for c in self.facts.classes if any(name in t[c] for t in (self.facts.methods, self.facts.stores))]
-            return node if owners or not isinstance(name, str) else ast.List([], ast.Load())
+            return ast.List([], ast.Load()) if isinstance(name, str) and not self.facts.has(name) else node
+        if self.is_no_dropout(node):
+            return node.args[0]
         node = self.inline(node)
         return self.folded(node) if isinstance(node, ast.Call) else node
+
+    def is_no_dropout(self, call):
+        """Whether this is dropout with probability 0, which returns its input."""
+        f = call.func
+        if isinstance(f, ast.Attribute) and is_name(f.value, "F"):
+            return f.attr == "dropout" and len(call.args) > 1 and value_of(call.args[1]) == 0
+        values = self.facts.attribute(self.cls, f.attr) if self.cls and is_self(f) else None
+        return bool(values) and all(is_dropout(v) and v.args and value_of(v.args[0]) == 0 for v in values)
 
     def asked(self, node):
         """The answer of a method of the configuration; of a layer's index, a tuple of answers and the index into it."""
@@ -818,7 +866,7 @@ class Folder(ast.NodeTransformer):
     # Inlining -------------------------------------------------------------------------------------------------------
 
     def called(self, call):
-        """The function of the program that is called, or None: f(...), self.f(...), self.part.f(...), self.part(...)."""
+        """The function of the program that is called, or None: f(), self.f(), self.part.f(), self.part()."""
         f, facts = (call.func if isinstance(call, ast.Call) else None), self.facts
         if isinstance(f, ast.Name):
             return facts.functions.get(f.id)
@@ -838,9 +886,9 @@ class Folder(ast.NodeTransformer):
         if function is None or function in self.active or function.decorator_list:
             return node
         result = result_of(function)
-        if result is not None and is_identity(function, result) and len(node.args) == 1 and not node.keywords:
-            if isinstance(node.args[0], ast.Starred):
-                return node.args[0].value
+        is_star = len(node.args) == 1 and not node.keywords and isinstance(node.args[0], ast.Starred)
+        if is_star and result is not None and is_identity(function, result):
+            return node.args[0].value
         arguments = bind(function, node) if result is not None else None
         if arguments is None:
             return node
@@ -903,6 +951,10 @@ def is_name(node, name):
     return isinstance(node, ast.Name) and node.id == name
 
 
+def is_dropout(node):
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "Dropout"
+
+
 def has_float(value):
     return any(map(has_float, value)) if isinstance(value, tuple) else type(value) is float
 
@@ -953,10 +1005,33 @@ def propagate(function):
     for statement in function.body:
         for target, value in assignments(statement) if isinstance(statement, ast.Assign) else ():
             if isinstance(target, ast.Name) and value is not None and names.count(target.id) == 1:
-                if value_of(value) is not UNKNOWN and len(statement.targets) == 1:
+                loops = [
+                    n.iter for n in walk(function) if isinstance(n, ast.comprehension) and is_name(n.iter, target.id)
+                ]
+                is_row = isinstance(value, ast.Tuple) and all(is_self(e) for e in value.elts) and loops
+                is_row = is_row and read(function).count(target.id) == len(loops)
+                if (value_of(value) is not UNKNOWN or is_row) and len(statement.targets) == 1:
                     found[target.id] = value
     if found:
         function.body = [Substitution(found).visit(s) for s in function.body]
+    for i, statement in enumerate(function.body):
+        for target, value in assignments(statement) if isinstance(statement, ast.Assign) else ():
+            if isinstance(target, ast.Name) and value is not None and value_of(value) is not UNKNOWN:
+                follow(function.body[i + 1 :], target.id, value)
+
+
+def follow(body, name, value):
+    """Put a literal where `name` is read, from its assignment to the next one."""
+    for statement in body:
+        if any(isinstance(n, SCOPES) and name in read(n) for n in walk(statement)):
+            return
+        if name in bound(statement):
+            if isinstance(statement, ast.If):
+                statement.test = Substitution({name: value}).visit(statement.test)
+            elif isinstance(statement, ast.Assign):
+                statement.value = Substitution({name: value}).visit(statement.value)
+            return
+        Substitution({name: value}).visit(statement)
 
 
 class DeadStores(ast.NodeTransformer):
@@ -1031,7 +1106,7 @@ def loads(node, found, cls=None):
         elif isinstance(part, ast.Call):
             name = part.func.id if isinstance(part.func, ast.Name) else getattr(part.func, "attr", "")
             if name in HOOKS:
-                found.update("." + a.value for a in part.args if isinstance(a, ast.Constant) and type(a.value) is str)
+                found.update("?" + a.value for a in part.args if isinstance(a, ast.Constant) and type(a.value) is str)
     return found
 
 
@@ -1046,7 +1121,12 @@ def defined(node):
 
 def is_read(name, found, related):
     """Whether the attribute `name` is read: of anything, or of self in one of the related classes."""
-    return is_framework(name) or "." + name in found or any(f"{cls}|{name}" in found for cls in related)
+    return is_framework(name) or "?" + name in found or is_named(name, found, related)
+
+
+def is_named(name, found, related):
+    """The same, but not as a hook that is found by its name."""
+    return "." + name in found or any(f"{cls}|{name}" in found for cls in related)
 
 
 def is_reached(member, found, roots, cls, related):
@@ -1090,6 +1170,8 @@ def prune(body, roots, facts):
 
 def is_stateless(facts, node):
     """Whether an expression makes a module of the program that holds nothing: no weights, no buffers, no parts."""
+    if is_dropout(node):
+        return True
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in facts.classes):
         return False
     cls = node.func.id
@@ -1109,7 +1191,7 @@ def drop_attributes(facts, found):
     for name, node in facts.classes.items():
         related = facts.related(name)
 
-        def is_dead(t):
+        def is_dead(t, related=related):
             return is_self(t) and not is_read(t.attr, found, related)
 
         DeadStores(is_dead, lambda v: is_pure(v) or is_stateless(facts, v)).visit(node)
@@ -1120,17 +1202,21 @@ def drop_attributes(facts, found):
                 if not isinstance(m, ast.AnnAssign) or is_read(m.target.id, found, related) or m.target.id in given
             ] or [ast.Pass()]  # fmt: skip
         fill(node)
-        node.body = [m for m in node.body if not is_idle(m, facts, name)] or [ast.Pass()]
+        node.body = [m for m in node.body if not is_idle(m, facts, name, found)] or [ast.Pass()]
 
 
-def is_idle(member, facts, cls):
-    """Whether a method does nothing any more and can go: what calls it finds it by `having`, or is dropped too."""
+def is_idle(member, facts, cls, found):
+    """Whether a method does nothing any more and can go: what calls it finds it by `having`."""
     if not isinstance(member, ast.FunctionDef) or any(member.name in facts.methods[c] for c in facts.bases(cls)[1:]):
         return False
     body = without_doc(member.body)
     if member.name == "__init__":
-        return all(is_super_init(s) and "()" == ast.unparse(s)[-2:] or isinstance(s, ast.Pass) for s in body)
-    return all(isinstance(s, ast.Pass) for s in body) and not is_framework(member.name)
+        return not parameters(member) and all(
+            is_super_init(s) and ast.unparse(s)[-2:] == "()" or isinstance(s, ast.Pass) for s in body
+        )
+    is_empty = all(isinstance(s, ast.Pass) for s in body)
+    is_called = is_named(member.name, found, facts.related(cls)) and "?" + member.name not in found
+    return is_empty and not is_framework(member.name) and not is_called
 
 
 class Calls:
@@ -1194,9 +1280,9 @@ def settle(function, name, calls, values):
     same = plain[0] is not UNKNOWN and all(type(v) is type(plain[0]) and v == plain[0] for v in plain)
     if same and bound(function).count(name) == 1:
         function.body = [Substitution({name: values[0]}).visit(s) for s in function.body]
-    if name not in [n for s in function.body for n in read(s)] and all(is_pure(v) for v in values):
-        if name not in [n for s in function.body for n in bound(s)]:
-            remove_parameter(function, name, calls)
+    mentioned = {n for s in function.body for n in (*read(s), *bound(s))}
+    if name not in mentioned and all(is_pure(v) for v in values):
+        remove_parameter(function, name, calls)
 
 
 def remove_parameter(function, name, calls):
@@ -1220,6 +1306,184 @@ def remove_parameter(function, name, calls):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Functions that are called at one place only, and variables that are read at one place only, go there.
+
+
+def one_return(body):
+    """`if a: return x` and what follows it, as if and else, where that is how a body ends."""
+    for i, statement in enumerate(body[:-1]):
+        if isinstance(statement, ast.If) and not statement.orelse and isinstance(statement.body[-1], ast.Return):
+            statement.orelse = one_return(body[i + 1 :])
+            return body[: i + 1]
+    return body
+
+
+def all_return(node, returns):
+    """Whether both branches of an if end in one of two `returns`."""
+    ends = [b[-1] for b in (node.body, node.orelse) if b]
+    return len(returns) == len(ends) == 2 and all(isinstance(e, ast.Return) for e in ends)
+
+
+class Returned(ast.NodeTransformer):
+    """Assignments in place of returns."""
+
+    def __init__(self, targets):
+        self.targets = targets
+
+    def visit_Return(self, node):
+        return ast.copy_location(ast.Assign(copy.deepcopy(self.targets), node.value, lineno=0), node)
+
+
+class Splicer:
+    """Puts the bodies of functions that one statement calls in its place: x = f(...), return f(...), f(...)."""
+
+    def __init__(self, facts, roots):
+        self.facts, self.roots, self.cls, self.done = facts, roots, None, set()
+
+    def program(self, body):
+        for node in body:
+            self.cls = node.name if isinstance(node, ast.ClassDef) else None
+            for function in [n for n in walk(node) if isinstance(n, ast.FunctionDef)]:
+                if id(function) not in self.done:
+                    self.visit(function, function)
+
+    def visit(self, node, function):
+        for name in ("body", "orelse", "finalbody"):
+            statements = getattr(node, name, None)
+            if isinstance(statements, list):
+                found = []
+                for statement in statements:
+                    new = self.spliced(statement, function)
+                    found += [statement] if new is None else new
+                    if new is None and not isinstance(statement, ast.FunctionDef | ast.ClassDef):
+                        self.visit(statement, function)
+                setattr(node, name, found)
+
+    def spliced(self, statement, caller):
+        """The statements in place of one that calls a function, or None."""
+        call = statement.value if isinstance(statement, ast.Expr | ast.Return | ast.Assign) else None
+        function = self.callee(call)
+        if function is None or function is caller or (isinstance(statement, ast.Assign) and len(statement.targets) > 1):
+            return None
+        body, is_tail = copy.deepcopy(without_doc(function.body)), isinstance(statement, ast.Return)
+        body = body if is_tail else one_return(body)
+        last = body[-1] if isinstance(body[-1], ast.Return) else None
+        returns = [n for s in body for n in walk(s) if isinstance(n, ast.Return)]
+        if any(isinstance(n, ast.Yield | ast.Global) for s in body for n in walk(s)):
+            return None
+        if not is_tail and any(isinstance(n, ast.FunctionDef) for s in body for n in walk(s)):
+            return None
+        is_split = isinstance(statement, ast.Assign) and isinstance(body[-1], ast.If) and all_return(body[-1], returns)
+        is_split = is_split and isinstance(statement.targets[0], ast.Name)
+        is_open = (last is None) != isinstance(statement, ast.Expr) or (
+            not is_tail and len(returns) > (last is not None)
+        )
+        if is_open and not is_split:
+            return None
+        given = self.given(function, call, caller, statement, body)
+        if given is None:
+            return None
+        self.done.add(id(function))
+        if isinstance(statement, ast.Assign) and last is None:
+            return given + [Returned(statement.targets).visit(s) for s in body]
+        if isinstance(statement, ast.Assign):
+            body[-1] = ast.copy_location(ast.Assign(statement.targets, last.value, lineno=0), statement)
+            body[-1].comment = getattr(last, "comment", "") or getattr(statement, "comment", "")
+        return given + body
+
+    def callee(self, call):
+        if not isinstance(call, ast.Call):
+            return None
+        f, facts = call.func, self.facts
+        name = f.id if isinstance(f, ast.Name) else "." + getattr(f, "attr", "")
+        function = facts.functions.get(name) if isinstance(f, ast.Name) else None
+        if is_self(f) and self.cls and not is_framework(f.attr) and f"{self.cls}.{f.attr}" not in self.roots:
+            function = facts.method(self.cls, f.attr)
+        is_once = facts.mentions.get(name) == 1 and function is not None and id(function) not in self.done
+        return function if is_once and not function.decorator_list else None
+
+    def given(self, function, call, caller, statement, body):
+        """Assignments of arguments to parameters, where the names do not get into each other's way; else None."""
+        arguments = bind(function, call)
+        if arguments is None:
+            return self.given_by_star(function, call) if isinstance(statement, ast.Return) else None
+        own, is_tail = {n for s in body for n in bound(s)}, isinstance(statement, ast.Return)
+        targets = set(bound(statement)) if isinstance(statement, ast.Assign) else set()
+        moved = {p: a for p, a in arguments.items() if not is_name(a, p)}
+        fresh = own | set(moved)  # names that are bound by this
+        same = set(arguments) - set(moved)
+        others = set(bound(caller)) | set(read(caller))
+        if not is_tail and (fresh - same) & (others - targets):
+            return None
+        if not is_tail and ((own & same) - targets or any(fresh & set(read(a)) - {p} for p, a in moved.items())):
+            return None
+        if not moved:
+            return []
+        names = [ast.Name(p, ast.Store()) for p in moved]
+        if len(moved) == 1:
+            return [ast.Assign(names, *moved.values(), lineno=0)]
+        return [ast.Assign([ast.Tuple(names, ast.Store())], ast.Tuple(list(moved.values()), ast.Load()), lineno=0)]
+
+    @staticmethod
+    def given_by_star(function, call):
+        """a, b, c = value for a call f(x, *value) at the end of a function, whose first parameter is x."""
+        names = list(parameters(function))
+        plain = [a.id for a in call.args[:-1] if isinstance(a, ast.Name)]
+        is_star = call.args and isinstance(call.args[-1], ast.Starred) and not call.keywords
+        if not is_star or len(plain) != len(call.args) - 1 or plain != names[: len(plain)] or function.args.defaults:
+            return None
+        target = ast.Tuple([ast.Name(n, ast.Store()) for n in names[len(plain) :]], ast.Store())
+        return [ast.Assign([target], call.args[-1].value, lineno=0)]
+
+
+def in_order_of_evaluation(node):
+    """The nodes inside an expression, each after what it is made of."""
+    for child in ast.iter_child_nodes(node):
+        yield from in_order_of_evaluation(child)
+    yield node
+
+
+def merge_single_uses(body, names, reads):
+    """`x = value; return f(x)` as `return f(value)`, where x is bound and read once and nothing is reordered."""
+    found = []
+    for statement in body:
+        for part in ("body", "orelse", "finalbody"):
+            if isinstance(getattr(statement, part, None), list) and not isinstance(
+                statement, ast.FunctionDef | ast.ClassDef
+            ):
+                setattr(statement, part, merge_single_uses(getattr(statement, part), names, reads))
+        if found and can_merge(found[-1], statement, names, reads):
+            before = found.pop()
+            statement.value = Substitution({before.targets[0].id: before.value}).visit(statement.value)
+        found.append(statement)
+    return found
+
+
+def can_merge(before, statement, names, reads):
+    is_plain_assign = (
+        isinstance(before, ast.Assign) and len(before.targets) == 1 and isinstance(before.targets[0], ast.Name)
+    )
+    if not is_plain_assign or not isinstance(statement, ast.Return | ast.Assign) or statement.value is None:
+        return False
+    name = before.targets[0].id
+    if (
+        names.count(name) != 1
+        or reads.count(name) != 1
+        or getattr(before, "above", [])
+        or not isinstance(before.value, ast.Call | ast.Subscript)
+    ):
+        return False
+    if any(isinstance(n, (ast.IfExp, ast.BoolOp, *SCOPES)) for n in walk(statement.value)):
+        return False
+    for node in in_order_of_evaluation(statement.value):
+        if is_name(node, name):
+            return len(ast.unparse(statement.value)) + len(ast.unparse(before.value)) < 84
+        if isinstance(node, ast.Call | ast.Subscript | ast.BinOp):
+            return False
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # All of it.
 
 
@@ -1228,6 +1492,17 @@ def functions_in(body):
         for part in walk(node):
             if isinstance(part, ast.FunctionDef):
                 yield part
+
+
+def shorten(body, config, roots):
+    """The same program with fewer functions and variables, none of which others had to have."""
+    before = None
+    while before != (before := len(list(functions_in(body)))):
+        Splicer(Facts(body, config), roots).program(body)
+        body = fold(body, config, roots)
+    for function in functions_in(body):
+        function.body = merge_single_uses(function.body, bound(function), read(function))
+    return fold(body, config, roots)
 
 
 def fold(body, config, roots, most=40):

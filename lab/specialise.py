@@ -1,5 +1,5 @@
 """
-One idea in one file: the model folded for the flags of a config, as plain PyTorch that needs nothing else of this house.
+One idea in one file: the model folded for the flags of a config, as PyTorch that needs nothing else from here.
 
     python -m lab.specialise config/presets/waves.py > waves_model.py
     python -m lab.specialise config/presets/chimera.py --out=chimera_model.py
@@ -29,7 +29,7 @@ from typing import Literal
 import configurator
 import model
 from configurator import ROOT, ConfigError
-from lab.folding import bound, defined, fold, is_config, is_plain, literal, loads, read, walk
+from lab.folding import bound, defined, fold, is_config, is_plain, literal, loads, read, shorten, walk
 from model import GPTConfig
 from train import TrainConfig
 
@@ -98,9 +98,7 @@ class Renamer(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def inside(self, node, parts):
-        nested = {n for p in parts for s in walk(p) if s is not node and isinstance(s, ast.FunctionDef) for n in bound(s)}
-        own = [n for p in parts for n in bound(p)]
-        self.local.append({n for n in own if n not in nested} | {n for n in nested if own.count(n) > 1 or is_named(node, n)})
+        self.local.append({name for p in parts for name in own_bound(p)})
         for p in parts:
             self.visit(p)
         self.local.pop()
@@ -137,9 +135,16 @@ class Renamer(ast.NodeTransformer):
         return self.visit(statement)
 
 
-def is_named(node, name):
-    """Whether a function has this parameter."""
-    return name in bound(node.args)
+def own_bound(node):
+    """The names that a node binds in its own scope, not those of functions and comprehensions inside."""
+    if isinstance(node, ast.FunctionDef):
+        return {node.name}
+    if isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        return set()
+    own = {node.arg} if isinstance(node, ast.arg) else set()
+    own |= {node.name} if isinstance(node, ast.ExceptHandler) and node.name else set()
+    own |= {node.id} if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load) else set()
+    return own.union(*map(own_bound, ast.iter_child_nodes(node)))
 
 
 class Stripped(ast.NodeTransformer):
@@ -162,7 +167,9 @@ class Stripped(ast.NodeTransformer):
 
     def visit_Assign(self, node):
         self.generic_visit(node)
-        if isinstance(node.value, ast.Tuple) and any(isinstance(e, ast.Name) and e.id == "config" for e in node.value.elts):
+        if isinstance(node.value, ast.Tuple) and any(
+            isinstance(e, ast.Name) and e.id == "config" for e in node.value.elts
+        ):
             made = ast.Call(ast.Name("GPTConfig", ast.Load()), [], [])
             node.value.elts = [made if isinstance(e, ast.Name) and e.id == "config" else e for e in node.value.elts]
         return node
@@ -340,19 +347,21 @@ def program(config, kernels):
     """The statements of the file, in the order of the modules, with unique names."""
     body = fold(without_flags(read_module("model")), config, ROOTS)
     if kernels == "reference":
-        return body
+        return shorten(body, config, ROOTS)
     known = set()
     while missing := sorted(kernels_of(body) - known):
         known |= set(missing)
         body += [node for name in missing for node in read_module(name)]
-    return fold(body, config, ROOTS)
+    return shorten(fold(body, config, ROOTS), config, ROOTS)
 
 
 def flags_class(config):
     """`GPTConfig` with the sizes and the flags that are not at their defaults."""
     kept = [f for f in fields(config) if f.name in SIZES or getattr(config, f.name) != f.default]
     lines = [f"    {f.name}: {type(getattr(config, f.name)).__name__} = {getattr(config, f.name)!r}" for f in kept]
-    head = '@dataclass\nclass GPTConfig:\n    """What this file was folded for. Other flags are at their defaults."""\n\n'
+    head = (
+        '@dataclass\nclass GPTConfig:\n    """What this file was folded for. Other flags are at their defaults."""\n\n'
+    )
     return head + "\n".join(lines) + "\n"
 
 
@@ -363,14 +372,18 @@ def flags_class(config):
 def pretty_names(body):
     """{unique name: the name in the file}: its last part, with the module's before it where two would be the same."""
     parts = {name for node in body for name in (*loads(node, set()), *own_names(node)) if "." in name[1:]}
-    imported = {a.asname or a.name for node in body if isinstance(node, ast.Import | ast.ImportFrom) for a in node.names}
+    imported = {
+        a.asname or a.name for node in body if isinstance(node, ast.Import | ast.ImportFrom) for a in node.names
+    }
     found = {}
     for name in sorted(parts, key=lambda n: (not n.startswith("model."), n)):
         module, _, own = name.rpartition(".")
         hidden = any(name in loads(node, set()) and own in bound(node) for node in body)
         if own in found.values() or own in imported or hidden or own == "GPTConfig":
             prefix = module.rpartition(".")[2]
-            own = (prefix.title().replace("_", "") + own) if own[0].isupper() and not own.isupper() else f"{prefix}_{own}"
+            own = (
+                (prefix.title().replace("_", "") + own) if own[0].isupper() and not own.isupper() else f"{prefix}_{own}"
+            )
             own = own.upper() if name.rpartition(".")[2].isupper() else own
         found[name] = own
     return found
@@ -480,15 +493,20 @@ def wrapped(line):
     end = line.rstrip(":")
     inner = line[first + 1 : len(end) - 1]
     indent = len(line) - len(line.lstrip()) + (8 if line != end else 4)
-    if not first or len(split_at_commas(inner)) < 4 or indent + len(inner) <= 118 or end[-1] not in ")}]" or closing(line, first) != len(end) - 1:
+    if (
+        not first
+        or len(split_at_commas(inner)) < 4
+        or indent + len(inner) <= 118
+        or end[-1] not in ")}]"
+        or closing(line, first) != len(end) - 1
+    ):
         return line
-    lines, start = [line[: first + 1]], 0
-    for piece in split_at_commas(inner):
-        if start and len(lines[-1]) + len(piece) < 106:
+    lines = [line[: first + 1]]
+    for i, piece in enumerate(split_at_commas(inner)):
+        if i and len(lines[-1]) + len(piece) < 106:
             lines[-1] += f" {piece}"
         else:
             lines.append(" " * indent + piece)
-        start += 1
     return "\n".join(lines) + line[len(end) - 1 :] + "  # fmt: skip"
 
 
@@ -530,7 +548,9 @@ def imports_of(body, names, kernels):
         module, _, own = name.rpartition(".")
         parts.setdefault(module, set()).add(own + (f" as {names[name]}" if names[name] != own else ""))
     lines = [f"import {x}" for x in plain] + [f"from {m} import {', '.join(sorted(xs))}" for m, xs in parts.items()]
-    foreign = [x for x in sorted(lines) if x.split()[1].split(".")[0] not in {*sys.stdlib_module_names, "torch", "kernels"}]
+    foreign = [
+        x for x in sorted(lines) if x.split()[1].split(".")[0] not in {*sys.stdlib_module_names, "torch", "kernels"}
+    ]
     if foreign:
         raise ConfigError(f"cannot be folded: the model would still need {foreign[0]!r}")
     return sorted(lines, key=lambda x: ("torch" in x.split()[1], "kernels" in x, x))
@@ -575,7 +595,7 @@ def formatted(text):
 
 
 def text(config, kernels="inline", name="specialised"):
-    """The file for a GPTConfig, which is to be called `name`.py; ConfigError where the model cannot be folded for it."""
+    """The file `name`.py for a GPTConfig; ConfigError where the model cannot be folded for it."""
     return formatted(render(program(config, kernels), config, kernels, name))
 
 
