@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 
+from configurator import ConfigError
+
 UNKNOWN = object()
 PLAIN = (int, float, str, bool, type(None))
 SAFE = {f.__name__: f for f in (len, min, max, sum, abs, round, int, float, str, bool, tuple, any, all, set, map)}
 HOOKS = ("having", "hasattr", "getattr", "setattr")  # functions that find an attribute by its name
 EXTERNAL = (nn.Linear, nn.LayerNorm, nn.ModuleDict, torch.autograd.Function, torch.optim.Optimizer)
-LOOPS = (ast.For, ast.While)
 SCOPES = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-COMPREHENSIONS = SCOPES[2:]
 DECISIONS = (ast.IfExp, ast.BoolOp, ast.Compare)
 ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 PURE_METHODS = {"size", "dim", "numel", "items", "values", "keys", "split", "strip", "new_zeros", "is_floating_point"}
@@ -1522,4 +1522,4 @@ def fold(body, config, roots, most=40):
         if now == before:
             return body
         before = now
-    raise RecursionError("folding does not come to an end")
+    raise ConfigError("cannot be folded: folding does not come to an end")
