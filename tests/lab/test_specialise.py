@@ -1,0 +1,146 @@
+"""One idea in one file: the same logits, loss and text to the last bit, without this checkout on the path."""
+
+import hashlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from helpers import ROOT
+from lab import specialise
+from model import GPTConfig
+from smoke_test import SIZE, VARIANTS, build
+
+COMPARE = """
+import sys
+import torch
+
+torch.set_num_threads(1)
+torch.manual_seed(2)
+import specialised
+
+given = torch.load(sys.argv[1])
+first = {name: x.clone() for name, x in specialised.GPT().state_dict().items() if torch.is_tensor(x)}
+model = specialised.GPT()
+model.load_state_dict(given["model"])
+torch.manual_seed(3)
+trained = model(given["idx"], given["idx"])
+model.eval()
+logits, loss = model(given["idx"], given["idx"])
+text = model.generate(given["idx"][:, :4], 12, temperature=0)
+found = {"logits": logits, "loss": loss, "trained": trained[1], "text": text, "names": list(first)}
+found["modules"] = sorted({name.split(".")[0] for name in sys.modules} & {"model", "kernels", "configurator", "data"})
+torch.save(found, sys.argv[1])
+"""
+
+
+def text_of(flags, **how):
+    return specialise.text(GPTConfig(**SIZE | flags), **how)
+
+
+def run_alone(folder, script, *words):
+    """Run a script in a process that knows no checkout."""
+    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{script}", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def same(flags, folder, **how):
+    """Assert that the file computes what model.py does; return its text."""
+    model, idx = build(flags)
+    text = specialise.text(model.config, **how)
+    (folder / "specialised.py").write_text(text, encoding="utf-8")
+    torch.save({"model": model.state_dict(), "idx": idx}, folder / "case.pt")
+    run_alone(folder, COMPARE, str(folder / "case.pt"))
+    found = torch.load(folder / "case.pt")
+    torch.manual_seed(3)
+    assert torch.equal(model(idx, idx)[1], found["trained"])
+    model.eval()
+    logits, loss = model(idx, idx)
+    assert torch.equal(logits, found["logits"]) and torch.equal(loss, found["loss"])
+    assert torch.equal(model.generate(idx[:, :4], 12, temperature=0), found["text"])
+    assert found["names"] == [name for name, x in model.state_dict().items() if torch.is_tensor(x)]
+    assert found["modules"] == []
+    return text
+
+
+@pytest.mark.parametrize("name", ["baseline", "short_conv_waves", "knots"])
+def test_computes_the_same(name, tmp_path):
+    text = same(VARIANTS[name], tmp_path)
+    imports = {line.split()[1].split(".")[0] for line in text.splitlines() if re.match("import |from ", line)}
+    assert imports <= {"torch", *sys.stdlib_module_names}
+    assert max(map(len, text.splitlines())) <= 160 and "config." not in text.split('"""')[2].replace("self.config.", "")
+    if name == "baseline":
+        assert len(text.splitlines()) <= 350
+        for gone in ("knots", "CHANNEL_MIXERS", "getattr(", "if False", "Residual"):
+            assert gone not in text
+
+
+def test_the_loop_of_the_docstring_runs(tmp_path):
+    text = text_of(VARIANTS["baseline"])
+    (tmp_path / "specialised.py").write_text(text, encoding="utf-8")
+    loop = re.sub("^    ", "", text.split('"""')[1].split("\n\n", 1)[1], flags=re.M)
+    assert len(loop.strip().splitlines()) <= 20
+    out = run_alone(tmp_path, loop.replace("2000", "3"))
+    assert re.match(r"0 4\.\d+\n", out)
+
+
+def test_a_config_file_in_one_command(tmp_path, capsys):
+    words = ["config/presets/waves.py", f"--out={tmp_path / 'waves.py'}", "--vocab_size=65"]
+    specialise.main(words)
+    assert capsys.readouterr().out == ""
+    text = (tmp_path / "waves.py").read_text(encoding="utf-8")
+    assert "from waves import GPT" in text and "class FHNAttention" in text
+    script = "import waves, torch\nprint(waves.GPT()(torch.zeros(1, 5, dtype=torch.long))[0].shape)"
+    assert run_alone(tmp_path, script) == "torch.Size([1, 1, 65])\n"
+
+
+def test_kernels_by_reference(capsys):
+    specialise.main(["--kernels=reference", "--attn_mode=gla", "--block_size=32", "--n_layer=1"])
+    out = capsys.readouterr().out
+    assert "from kernels.linear_attention import" in out and "class Carry" not in out
+
+
+@pytest.mark.parametrize(
+    "words", ["--use_kann", "--kernels=all", "--n_head=5", "--out=/nowhere/x.py", "--out=a-b.py", "none.py"]
+)
+def test_errors_are_one_line(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        specialise.main([*shlex.split(words), "--n_layer=1"])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_identity_is_the_hash_of_the_file():
+    config = GPTConfig(**SIZE)
+    assert specialise.identity(config) == hashlib.sha256(specialise.text(config).encode()).hexdigest()
+
+
+def test_only_what_a_row_uses_counts(monkeypatch, tmp_path):
+    """A change of the wavelets is none of the baseline's business."""
+    path = tmp_path / "model.py"
+    code = (ROOT / "model.py").read_text(encoding="utf-8")
+    path.write_text(code.replace("WIDTH_MIN = 0.01", "WIDTH_MIN = 0.02"), encoding="utf-8")
+    rows = {name: GPTConfig(**SIZE | VARIANTS[name]) for name in ("baseline", "kan")}
+    before = {name: specialise.identity(config) for name, config in rows.items()}
+    specialise.pickled_module.cache_clear()
+    place = specialise.path_of
+    monkeypatch.setattr(specialise, "path_of", lambda module: path if module == "model" else place(module))
+    after = {name: specialise.identity(config) for name, config in rows.items()}
+    specialise.pickled_module.cache_clear()
+    assert before["baseline"] == after["baseline"] and before["kan"] != after["kan"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_row_computes_the_same(name, tmp_path):
+    same(VARIANTS[name], tmp_path)
+
+
+@pytest.mark.slow
+def test_the_chimera_is_short(tmp_path):
+    specialise.main(["config/presets/chimera.py", f"--out={tmp_path / 'chimera.py'}"])
+    assert len((tmp_path / "chimera.py").read_text(encoding="utf-8").splitlines()) <= 720
