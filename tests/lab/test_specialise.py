@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from helpers import ROOT
+from helpers import COVERING, ROOT
 from lab import specialise
 from model import GPTConfig
 from smoke_test import SIZE, VARIANTS, build
@@ -76,7 +76,7 @@ def test_computes_the_same(name, tmp_path):
     assert max(map(len, text.splitlines())) <= 160 and "config." not in text.split('"""')[2].replace("self.config.", "")
     if name == "baseline":
         assert len(text.splitlines()) <= 350
-        for gone in ("knots", "CHANNEL_MIXERS", "getattr(", "if False", "Residual"):
+        for gone in ("knots", "CHANNEL_MIXERS", "getattr(", "if False"):
             assert gone not in text
 
 
@@ -135,7 +135,7 @@ def test_only_what_a_row_uses_counts(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", sorted(COVERING))
 def test_every_row_computes_the_same(name, tmp_path):
     same(VARIANTS[name], tmp_path)
 
@@ -143,4 +143,4 @@ def test_every_row_computes_the_same(name, tmp_path):
 @pytest.mark.slow
 def test_the_chimera_is_short(tmp_path):
     specialise.main(["config/presets/chimera.py", f"--out={tmp_path / 'chimera.py'}"])
-    assert len((tmp_path / "chimera.py").read_text(encoding="utf-8").splitlines()) <= 720
+    assert len((tmp_path / "chimera.py").read_text(encoding="utf-8").splitlines()) <= 650
