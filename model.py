@@ -197,7 +197,7 @@ class GPTConfig:
     mfs_layers: int = 3  # top layers that it reads
     mfs_window: int = 2  # positions before the current one that it reads too
     mfs_lowrank_r: int = 0  # rank of the facets' projections; 0 = full
-    mfs_slate: bool = False  # without regions it reads the mean of the last slate_window states for the last state
+    mfs_slate: bool = False  # without regions it reads the mean of the last slate_window states, not the last state
     add_l4_losses: bool = False  # in training, an auto-encoder of hidden states that also predicts the token after next
     l4_loss_weight: float = 0.1  # weight of its two losses in the objective
     ae_window: int = 8  # hidden states that it encodes
@@ -224,7 +224,7 @@ class GPTConfig:
     ste_sigmoid: bool = False  # the backward of sigmoid attention leaves out A (1 - A)
     ste_gelu: bool = False  # the backward leaves out gelu'
     ln_mode: Literal["bp", "ste", "center_scale", "projected"] = "bp"  # backward of norms; "projected" equals "bp"
-    fuse_attn_local: bool = False  # softmax and value mix as one function, its backward local; dropout on the mix
+    fuse_attn_local: bool = False  # softmax and value mix as one function with a local backward; dropout on its output
     mlp_topk: int = 0  # hidden units of an MLP that stay active, the largest by magnitude; 0 = all
     resid_topk: int = 0  # channels of the residual stream that survive a block, the largest by magnitude; 0 = all
     vq_codes: int = 0  # n > 0: after each block, the nearest of n frozen directions, magnitude kept; 0 = off
@@ -1657,7 +1657,7 @@ class CausalSelfAttention(nn.Module):
         if self.activation == "sigmoid":
             return sigmoid_attention(q, k, v, row_bias, self.mask(q_pos, q_pos), dropout=dropout, ste=self.ste)
         if self.is_local and not has_tangent(q):
-            return F.dropout(local_attention(q, k, v), dropout)  # of the mix: its backward knows no dropped weights
+            return F.dropout(local_attention(q, k, v), dropout)  # its backward cannot drop attention weights
         return causal_attention(q, k, v, dropout)
 
     def mask(self, q_pos, k_pos):

@@ -834,7 +834,7 @@ class Log:
         """A training line; the bar moves, or a line is printed where there is no terminal."""
         self.metrics(step, values)
         self.bar.n = step + 1
-        silent = f", sparsity {values['sparsity']:.4f}" if "sparsity" in values else ""  # of sparse events
+        silent = f", sparsity {values['sparsity']:.4f}" if "sparsity" in values else ""  # silent share of the events
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_s']:,.0f} tokens/s{silent}")
         if not self.terminal:
             mfu = f", mfu {values['mfu']:.1%}" if "mfu" in values else ""

@@ -16,7 +16,7 @@ import torch
 from kernels.scan import gated_scan
 
 SCANS = 4  # the first without reset has too many spikes, the second too few, and so on: even numbers are nearer
-SLOPE = 4.0  # of the surrogate gradient; potentials and thresholds are below 1, or not far above
+SLOPE = 4.0  # steepness of the surrogate gradient; potentials and thresholds seldom exceed 1
 
 
 def reference(I, beta, theta):

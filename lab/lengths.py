@@ -29,7 +29,7 @@ class LengthsConfig:
 
     # -- lengths ------------------------------------------------------------------------------------------------------
     longest: int = 4  # up to this many times the block_size, doubling
-    tokens: int = 65_536  # of the val split, at most
+    tokens: int = 65_536  # how many tokens of the val split are read, at most
     data_dir: str = ""  # where data sets lie; empty = as in training
     image: str = ""  # a PNG of the table; empty = none
 

@@ -405,7 +405,7 @@ PICTURES = {
 COMPARISONS = {
     "alignment": (("fa", "fa_grape", "dfa", "dfa_grape", "sign_sym", "sign_sym_init"), picture_alignment),
 }
-DIAGRAMS = {"motif": picture_motif}  # of no run
+DIAGRAMS = {"motif": picture_motif}  # pictures that need no run
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import configurator
 from lab.ablate import BASELINE, AblateConfig, columns_of, difference, find_runs, markdown, write_between_marks
 
 RUNGS = {"M0": "out-ablation", "M1": "out-modern", "M2": "out-modern-muon"}
-PARTS = {  # of the modern block: row that adds it to M0, row that takes it off M1
+PARTS = {  # each part of the modern block: (the row that adds it to M0, the row that removes it from M1)
     "rotary positions": ("rope", "no_rope"), "untied head": ("untied", "tied"),
     "norm of the embedding": ("emb_norm", "no_emb_norm"),
     "QK-norm": ("qk_norm", "no_qk_norm"), "squared ReLU": ("relu2", "no_relu2"), "soft cap": ("softcap", "no_softcap"),

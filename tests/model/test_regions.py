@@ -53,7 +53,7 @@ def test_chosen_regions_feed_back():
     weights = feedback_weights(starts, 1, 1, 1, [(0, 2), (0, 3), (1, 3)])
     sums = torch.stack([x[a:b].sum() for a, b in zip(starts, starts[1:])])
     means = [x[a:b].mean() for a, b in zip(starts, starts[1:])]
-    near = [None, means[0], means[1], means[2]]  # of the regions at most one away that are complete
+    near = [None, means[0], means[1], means[2]]  # the mean of complete regions at distance 1 or less
     wanted = [0 * means[0], near[1], (near[2] + means[0]) / 2, (near[3] + means[0] + means[1]) / 3]
     assert torch.allclose(weights.double() @ sums, torch.stack(wanted), atol=1e-6)
     with pytest.raises(ValueError, match="0>4, but the block has 4 regions"):
