@@ -58,6 +58,7 @@ def test_shares_and_refusals():
         count(mixer(use_kan=True))
 
 
+@pytest.mark.slow
 def test_the_command(capsys):
     bench.main(["energy", "--only=start,50%"])
     out = capsys.readouterr().out

@@ -68,7 +68,9 @@ def same(flags, folder, **how):
     return text
 
 
-@pytest.mark.parametrize("name", ["baseline", "short_conv_waves", "knots"])
+@pytest.mark.parametrize(
+    "name", ["baseline", *(pytest.param(n, marks=pytest.mark.slow) for n in ("short_conv_waves", "knots"))]
+)
 def test_computes_the_same(name, tmp_path):
     text = same(VARIANTS[name], tmp_path)
     imports = {line.split()[1].split(".")[0] for line in text.splitlines() if re.match("import |from ", line)}
@@ -80,6 +82,7 @@ def test_computes_the_same(name, tmp_path):
             assert gone not in text
 
 
+@pytest.mark.slow
 def test_the_loop_of_the_docstring_runs(tmp_path):
     text = text_of(VARIANTS["baseline"])
     (tmp_path / "specialised.py").write_text(text, encoding="utf-8")
@@ -89,6 +92,7 @@ def test_the_loop_of_the_docstring_runs(tmp_path):
     assert re.match(r"0 4\.\d+\n", out)
 
 
+@pytest.mark.slow
 def test_a_config_file_in_one_command(tmp_path, capsys):
     words = ["config/presets/waves.py", f"--out={tmp_path / 'waves.py'}", "--vocab_size=65"]
     specialise.main(words)
@@ -99,6 +103,7 @@ def test_a_config_file_in_one_command(tmp_path, capsys):
     assert run_alone(tmp_path, script) == "torch.Size([1, 1, 65])\n"
 
 
+@pytest.mark.slow
 def test_kernels_by_reference(capsys):
     specialise.main(["--kernels=reference", "--attn_mode=gla", "--block_size=32", "--n_layer=1"])
     out = capsys.readouterr().out
@@ -114,11 +119,13 @@ def test_errors_are_one_line(words, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_identity_is_the_hash_of_the_file():
     config = GPTConfig(**SIZE)
     assert specialise.identity(config) == hashlib.sha256(specialise.text(config).encode()).hexdigest()
 
 
+@pytest.mark.slow
 def test_only_what_a_row_uses_counts(monkeypatch, tmp_path):
     """A change of the wavelets is none of the baseline's business."""
     path = tmp_path / "model.py"

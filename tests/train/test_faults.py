@@ -34,7 +34,7 @@ from train import TrainConfig
 
 # hypothesis shrinks and reports; a tier is a number of examples. The folders are shared: each example overwrites them.
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-TIERS = pytest.mark.parametrize("examples", [15, pytest.param(250, marks=pytest.mark.slow)])
+TIERS = pytest.mark.parametrize("examples", [5, pytest.param(250, marks=pytest.mark.slow)])
 
 
 def tell(main, words):
@@ -266,7 +266,7 @@ SUBSTITUTES = ["gone", None, "x", -1, 0, 2.5, True, math.nan, math.inf, 2**40, [
                torch.zeros(2, 2, dtype=torch.int64), torch.tensor(1.5), "\u65e5" * 100, {"a": [1]}]  # fmt: skip
 
 
-@pytest.mark.parametrize("examples", [25, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [5, pytest.param(300, marks=pytest.mark.slow)])
 def test_impossible_contents_of_a_checkpoint(examples, trained, tmp_path):
     """Any value in it replaced by another: train.py and sample.py go on, or refuse it in one line."""
     out = tmp_path / "out"

@@ -127,6 +127,7 @@ def huggingface_folder(folder, vocab_size=300):
     return fast
 
 
+@pytest.mark.slow
 def test_a_huggingface_folder_writes_with_its_own_tokenizer(tmp_path, shakespeare, capsys):
     own = huggingface_folder(tmp_path / "hf")
     sample.main([f"--init_from={tmp_path / 'hf'}", "--start=to be", "--max_new_tokens=5", "--temperature=0"])
@@ -172,6 +173,7 @@ def test_the_best_loss_is_forgotten_where_it_is_measured_otherwise(run_folder, c
     assert load_checkpoint(run_folder / "ckpt.pt")["iter_num"] >= 6
 
 
+@pytest.mark.slow
 def test_tokens_are_counted_as_seen(shakespeare, tmp_path):
     out = tmp_path / "out"
     assert run_here(*flags(shakespeare, out, max_iters=4)) == 0  # 4 sequences of 16 tokens a step
@@ -255,6 +257,7 @@ def test_impossible_settings_in_a_checkpoint(change, told, run_folder, capsys):
      {"best_val_loss": "low"}, {"best_val_loss": math.nan}, {"best_val_loss": None}, {"meta": [1]}, {"tokens": "x"},
      {"config": None}, {"config": 5}, {"rng": 5}, {"rng": [{}]}, {"optimizer": None}, {"optimizer": {}}],
 )  # fmt: skip
+@pytest.mark.slow
 def test_impossible_positions_in_a_checkpoint(change, run_folder, capsys):
     save_checkpoint(run_folder / "ckpt_last.pt", load_checkpoint(run_folder / "ckpt_last.pt") | change)
     refusal(capsys, f"--out_dir={run_folder}", "--init_from=resume", "--max_iters=9")
@@ -265,6 +268,7 @@ def test_impossible_positions_in_a_checkpoint(change, run_folder, capsys):
     [{"n_layer": 10**6}, {"n_layer": "2"}, {"attn_mode": 3}, {"vocab_size": 10**9}, {"n_embd": -4}, {"bias": "False"},
      {"block_size": 10**9}, {"bio_omega": math.nan}, {"dropout": math.inf}, {"no_such_flag": 1}],
 )  # fmt: skip
+@pytest.mark.slow
 def test_impossible_flags_in_a_checkpoint(change, run_folder, capsys):
     checkpoint = load_checkpoint(run_folder / "ckpt_last.pt")
     checkpoint["model_args"] |= change
@@ -274,6 +278,7 @@ def test_impossible_flags_in_a_checkpoint(change, run_folder, capsys):
     assert time.monotonic() - start < 30  # not after trying to build a million layers
 
 
+@pytest.mark.slow
 def test_an_optimiser_state_of_other_shapes_never_reaches_the_kernel(run_folder, capsys):
     """A fused AdamW writes past the end of moments that are too short: the process died of it."""
 
@@ -298,6 +303,7 @@ def test_an_optimiser_state_of_other_shapes_never_reaches_the_kernel(run_folder,
 # One run, one directory.
 
 
+@pytest.mark.slow
 def test_two_runs_never_share_a_directory(shakespeare, tmp_path, capsys):
     out, env = tmp_path / "out", {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PAUSE_AT": "2"}
     words = [sys.executable, DRIVER, *flags(shakespeare, out)]
@@ -334,6 +340,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
         assert "no locks on this file system" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_earlier_runs_are_kept_however_many(shakespeare, tmp_path, capsys):
     losses = []
     for seed in range(3):
@@ -456,6 +463,7 @@ def test_an_address_alone_is_nothing(shakespeare, tmp_path, monkeypatch):
     assert history(tmp_path / "out")[-1]["tokens"] == 64  # the whole batch
 
 
+@pytest.mark.slow
 def test_torchrun_tells_an_error_once(shakespeare, tmp_path):
     words = flags(shakespeare, tmp_path / "out", gradient_accumulation_steps=2, batch_size=0)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
@@ -485,6 +493,7 @@ class Slow:
         return self.data.batch(*args)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_answered_during_an_evaluation(shakespeare, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(train, "TokenDataset", lambda cfg: Slow(TokenDataset(cfg), 0.1))
     out = tmp_path / "out"
@@ -499,6 +508,7 @@ def test_ctrl_c_is_answered_during_an_evaluation(shakespeare, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_second_signal_quits_at_once(number, shakespeare, tmp_path):
     out, env = tmp_path / "out", {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PAUSE_AT": "3"}
     words = [sys.executable, DRIVER, *flags(shakespeare, out)]
@@ -514,6 +524,7 @@ def test_a_second_signal_quits_at_once(number, shakespeare, tmp_path):
     assert run_here(*flags(shakespeare, out, init_from="resume")) == 0  # the lock has gone with it
 
 
+@pytest.mark.slow
 def test_a_lost_terminal_saves(shakespeare, tmp_path):
     out, env = tmp_path / "out", {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PAUSE_AT": "3"}
     ours, theirs = pty.openpty()
@@ -616,6 +627,7 @@ def test_paths_as_a_shell_would_write_them(shakespeare, tmp_path, monkeypatch, c
     assert capsys.readouterr().out.splitlines()[-2].startswith("HAM")
 
 
+@pytest.mark.slow
 def test_what_is_no_file_is_told_at_once(run_folder, shakespeare, tmp_path, capsys):
     """A fifo would wait for a writer; a directory and a loop of links are something else: no hang, no traceback."""
     again = [f"--out_dir={run_folder}", "--init_from=resume", "--max_iters=9"]
@@ -660,6 +672,7 @@ def test_very_long_paths(key, shakespeare, tmp_path, capsys):
         ({"gradient_accumulation_steps": 10**14}, "memory"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_values_without_sense(given, told, shakespeare, tmp_path, capsys):
     assert told in refusal(capsys, *flags(shakespeare, tmp_path / "out", **given))
 
