@@ -243,6 +243,8 @@ IDEAS, PRESETS = (
     for kind in ("ablation", "presets")
 )
 STEP = IDEAS | PRESETS | TABLES
+# presets that change the CPU recipe's model, not its size: those in the originals' own sizes are timed by name only
+OF_ITS_SHAPE = sorted(p for p in PRESETS if "n_layer" not in (ROOT / f"config/presets/{p}.py").read_text("utf-8"))
 HEADS = {
     "V65": partial(bench_training, SMALL, 12, 5),
     "V16384": partial(bench_training, SMALL | {"block_size": 256, "vocab_size": 16384}, 8, 1),
@@ -588,7 +590,7 @@ def each(parts):
 
 
 BENCHES = {
-    "step": Bench(each(STEP), [*TABLES, *sorted(PRESETS)], STEP_ROWS),
+    "step": Bench(each(STEP), [*TABLES, *OF_ITS_SHAPE], STEP_ROWS),
     "decode": Bench(each(DECODE), list(DECODE), DECODERS),
     "recipe": Bench(each({"cpu": bench_recipe}), ["cpu"]),
     "attention": Bench(bench_attention, ATTENTION_LENGTHS),
@@ -609,8 +611,8 @@ def choose(what, only, files):
     parts = BENCHES[what].parts
     is_step = what == "step"
     chosen = [s.strip() for s in only.split(",") if s.strip()]
-    if unknown := [s for s in chosen if s not in parts and not (is_step and s in IDEAS)]:
-        more = " and the names in config/ablation" if is_step else ""
+    if unknown := [s for s in chosen if s not in parts and not (is_step and s in STEP)]:
+        more = " and the names in config/ablation and config/presets" if is_step else ""
         raise ConfigError(f"--only={only}: no {unknown[0]!r}; there are {', '.join(parts)}{more}")
     return chosen or [part for part in parts if not (is_step and files and part in PRESETS)]
 
