@@ -13,6 +13,7 @@ Speed and memory, always beside a reference in the same run.
     python -m lab.bench embeddings # steps and memory of sparse codes and manifolds, float32
     python -m lab.bench recall     # key-value pairs in random text: the share recalled from beyond the attention window
     python -m lab.bench energy     # operations and bytes of channel mixers, times a table of picojoules: no watt meter
+    python -m lab.bench checkpoint # loading a checkpoint of 520 MB with its checks, beside torch.load alone
     python -m lab.bench kernels    # Triton: what ptxas says of each kernel, bytes moved, and speed where there is a GPU
     python -m lab.bench step --only=cpu --repeats=21
     python -m lab.bench step config/ablation/fhn.py  # a config file is a further row of each table
@@ -30,6 +31,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,12 +59,14 @@ from lab.measure import (
     interleave,
     median_and_quartiles,
     peak_memory,
+    print_rows,
     repeat,
+    speeds,
     with_gradients,
     without_grad,
 )
 from lab.reference import PlainGPT, plain_step, plain_val_loss
-from model import FHN, GPT, DecodingState, GPTConfig, SparseEventLayer
+from model import FHN, GPT, DecodingState, GPTConfig, SparseEventLayer, load_checkpoint, save_checkpoint
 from train import TrainConfig, Trainer, World, dtype_name, pick_device, pick_dtype
 
 
@@ -572,8 +576,29 @@ def bench_kernels(family, rows, cfg, device):
 KERNELS = {family: partial(bench_kernels, family) for family in ("scan", "fhn", "block_sparse")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def loading_seconds(load, path, queue):
+    """Seconds of the first load in a process, whose memory is fresh, as it is when a run is resumed."""
+    start = time.perf_counter()
+    load(path)
+    queue.put(time.perf_counter() - start)
 
+
+def bench_loading(rows, cfg, device):
+    """Loading a file of 520 MB, which the operating system has in memory: torch.load alone, and with all checks."""
+    loads = {"torch.load": partial(torch.load, weights_only=True), "load_checkpoint": load_checkpoint}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ckpt.pt"
+        save_checkpoint(path, {"model": {f"w{i}": torch.randn(1024, 4096) for i in range(31)}, "model_args": {}})
+        seconds = {name: [] for name in loads}
+        for _ in range(cfg.repeats):
+            for name, load in loads.items():
+                seconds[name].append(in_fresh_process(loading_seconds, load, path))
+        rows = [row | {"MB_per_s": path.stat().st_size / 1e6 / row["seconds"]} for row in speeds(seconds)]
+    print_rows("loading a checkpoint, each time in a fresh process", rows, "MB")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line.
 
 
@@ -601,6 +626,7 @@ BENCHES = {
     "local": Bench(each(LOCAL), list(LOCAL), LOCAL_ROWS),
     "embeddings": Bench(each(EMBEDDINGS), list(EMBEDDINGS), EMBEDDING_ROWS),
     "recall": Bench(bench_recall, RECALLERS, []),
+    "checkpoint": Bench(each({"load": bench_loading}), ["load"]),
     "energy": Bench(bench_energy, ["start", "50%", "90%"], ENERGY_ROWS),
     "kernels": Bench(each(KERNELS), list(KERNELS)),
 }
