@@ -370,7 +370,7 @@ def resume(settings):
     except (TypeError, ValueError) as e:
         raise CheckpointError(f"{path}: damaged, what it says of its run is impossible: {e}") from e
     inherited = {k: v for k, v in inherited.items() if k not in settings.given}
-    if not is_own and inherited:
+    if not is_own and inherited and ranks()[0] == 0:
         told = ", ".join(f"{k}={v}" for k, v in sorted(inherited.items()))
         print(f"from nanoGPT's checkpoint, where flags do not say otherwise: {told}", flush=True)
     return replace(settings, values=settings.values | inherited), checkpoint
@@ -1130,17 +1130,13 @@ def told_when_out_of_memory():
     """ConfigError in place of the errors with which NumPy and PyTorch say that memory is exhausted."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as e:
-        if (
-            isinstance(e, RuntimeError)
-            and not isinstance(e, torch.OutOfMemoryError)
-            and "allocate memory" not in str(e)
-        ):
+    except (MemoryError, RuntimeError) as e:
+        is_memory = isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e)  # on a CPU
+        if not is_memory:
             raise
         what = str(e).splitlines()[0] if str(e) else "no more memory"
-        raise ConfigError(
-            f"out of memory ({what}): lower batch_size, block_size, eval_iters or the model's sizes"
-        ) from e
+        lower = "batch_size, block_size, eval_iters, num_samples or the model's sizes"
+        raise ConfigError(f"out of memory ({what}): lower {lower}") from e
 
 
 def main(argv=None):

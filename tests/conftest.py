@@ -18,7 +18,7 @@ from hypothesis import settings
 pytest.register_assert_rewrite("helpers")
 
 from data.corpus import build_tokenizer, write_dataset  # noqa: E402
-from helpers import LINES, PATIENCE, ROOT  # noqa: E402
+from helpers import LINES, PATIENCE, ROOT, flags, run_here  # noqa: E402
 from smoke_test import VARIANTS  # noqa: E402
 
 # CI runs the same examples every time; at a desk, new ones are tried
@@ -66,6 +66,22 @@ def shakespeare(tmp_path_factory):
     train, val = text[:16_200], text[16_200:]
     folder = tmp_path_factory.mktemp("data") / "shakespeare_char"
     write_dataset(folder, train, val, build_tokenizer("char", train, val), folder.name, "tests/conftest.py", "0" * 64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(shakespeare, tmp_path_factory):
+    """The folder of a finished tiny run."""
+    out = tmp_path_factory.mktemp("trained")
+    assert run_here(*flags(shakespeare, out)) == 0
+    return out
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path):
+    """A copy of that folder, to be gone on with or damaged."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
     return folder
 
 

@@ -61,22 +61,6 @@ def refusal(path, action=load):
     return str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def trained(shakespeare, tmp_path_factory):
-    """The folder of a finished tiny run."""
-    out = tmp_path_factory.mktemp("trained")
-    assert run_here(*flags(shakespeare, out)) == 0
-    return out
-
-
-@pytest.fixture
-def run_folder(trained, tmp_path):
-    """A copy of that folder, to be damaged."""
-    for file in trained.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
-
-
 def exit_line(script, capsys, *words):
     """The one line on stderr of train.py or sample.py, which must end with exit status 2."""
     capsys.readouterr()

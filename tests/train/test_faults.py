@@ -98,13 +98,6 @@ def test_argument_vectors_of_train(examples, shakespeare, tmp_path):
     attempt()
 
 
-@pytest.fixture(scope="module")
-def trained(shakespeare, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained")
-    assert run_here(*flags(shakespeare, out)) == 0
-    return out
-
-
 @TIERS
 def test_argument_vectors_of_sample(examples, trained):
     @settings(max_examples=examples, **QUIET)

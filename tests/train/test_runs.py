@@ -37,24 +37,6 @@ def dataset(folder, text, kind="char", val=None):
 VERSE = "to be or not to be\nthat is the question\n" * 8
 
 
-@pytest.fixture(scope="module")
-def trained(shakespeare, tmp_path_factory):
-    """The folder of a finished tiny run."""
-    out = tmp_path_factory.mktemp("trained")
-    assert run_here(*flags(shakespeare, out)) == 0
-    return out
-
-
-@pytest.fixture
-def run_folder(trained, tmp_path):
-    """A copy of that folder, to be gone on with or damaged."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    for file in trained.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
 def refusal(capsys, *words):
     capsys.readouterr()
     assert run_here(*words) == 2
