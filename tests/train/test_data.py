@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import urllib.error
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -606,22 +606,28 @@ def test_a_failed_write_leaves_the_old_set(tmp_path, monkeypatch):
     assert corpus.load_meta(tmp_path) == before and corpus.check_identity(tmp_path, before)
 
 
-@pytest.mark.parametrize("stop_at", range(1, 8))
-def test_a_kill_while_a_set_is_replaced_leaves_no_mixture(stop_at, tmp_path, monkeypatch):
-    """The renames: the mark, two bins, tokenizer.model, meta.json. Die instead of the n-th, or after the last."""
-    before, new = small_dataset(tmp_path), corpus.build_tokenizer("sentencepiece", VERSE, "", vocab_size=300)
+@contextmanager
+def dying_at_rename(number, monkeypatch):
+    """While it is open, the process is interrupted instead of its rename of that number, the first being 1."""
     calls, replace = [], os.replace
 
     def dying_replace(a, b):
         calls.append(b)
-        if len(calls) == stop_at:
+        if len(calls) == number:
             raise KeyboardInterrupt
         replace(a, b)
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", dying_replace)
-        with suppress(KeyboardInterrupt):
-            corpus.write_dataset(tmp_path, VERSE, VERSE, new, "n", "s", "")
+        yield
+
+
+@pytest.mark.parametrize("stop_at", range(1, 8))
+def test_a_kill_while_a_set_is_replaced_leaves_no_mixture(stop_at, tmp_path, monkeypatch):
+    """The renames: the mark, two bins, tokenizer.model, meta.json. Die instead of the n-th, or after the last."""
+    before, new = small_dataset(tmp_path), corpus.build_tokenizer("sentencepiece", VERSE, "", vocab_size=300)
+    with dying_at_rename(stop_at, monkeypatch), suppress(KeyboardInterrupt):
+        corpus.write_dataset(tmp_path, VERSE, VERSE, new, "n", "s", "")
     if stop_at == 1:
         assert corpus.load_meta(tmp_path) == before and corpus.check_identity(tmp_path, before)
     elif stop_at <= 5:
@@ -882,16 +888,7 @@ def test_a_stop_at_any_rename_is_repaired(owt, stop_at, tmp_path, monkeypatch):
     docs = paragraphs(1500, words=5)
     args = (f"--text_file={write_text(tmp_path / 't.txt', docs)}", f"--out_dir={tmp_path / 'd'}")
     args += ("--save_every=400", "--val_share=0.3")
-    calls, replace = [], os.replace
-
-    def dying_replace(a, b):
-        calls.append(b)
-        if len(calls) == stop_at:
-            raise KeyboardInterrupt
-        replace(a, b)
-
-    with monkeypatch.context() as m:
-        m.setattr(os, "replace", dying_replace)
+    with dying_at_rename(stop_at, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             in_process(owt, monkeypatch, *args)
         assert stop.value.code == 130

@@ -392,7 +392,7 @@ def test_two_hundred_kills_in_the_loop_lose_nothing(shakespeare, tmp_path, monke
         before = steps()
         process = server.Process(target=train.main, args=(words,))
         process.start()
-        wait_for(lambda: steps() != before or not process.is_alive(), every=0.0005)  # noqa: B023
+        wait_for(lambda old=before, run=process: steps() != old or not run.is_alive(), every=0.0005)
         time.sleep(rng.uniform(0, 0.06))
         assert process.is_alive(), f"it ended by itself before kill {kill}"
         process.kill()
