@@ -357,7 +357,7 @@ def checksum(meta):
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-WHOLE, BLOCKS, BLOCK = 256 << 20, 64, 1 << 20  # bytes up to which a file is read whole; else so many blocks
+WHOLE, BLOCKS, BLOCK = 256 << 20, 64, 1 << 20  # files up to WHOLE bytes are read whole, larger ones in BLOCKS places
 
 
 def digest_of(file):
@@ -382,7 +382,7 @@ def data_id(folder, meta):
 
 
 def begin_replacing(out_dir):
-    """Mark the data set in `out_dir`, if there is one, as unfinished, before its files are replaced one by one."""
+    """Mark what is in `out_dir` as unfinished, before the files of a data set are replaced one by one."""
     out_dir = Path(out_dir)
     if os.path.lexists(out_dir / "meta.pkl"):  # nanoGPT's, of the bins that go
         os.replace(out_dir / "meta.pkl", out_dir / "meta.pkl.bak")

@@ -20,7 +20,7 @@ RUN_FILES += ("tensorboard", "wandb")
 
 
 def find_checkpoint(out_dir, best=False):
-    """The last checkpoint, or the best (all that nanoGPT writes), or the other way round; None if there is none."""
+    """A run's last checkpoint, else its best, nanoGPT's only one; with `best` in the other order; or None."""
     paths = (Path(out_dir) / name for name in (CHECKPOINTS if best else reversed(CHECKPOINTS)))
     return next((path for path in paths if os.path.lexists(path)), None)
 

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 LEAST_E = 0.3  # nats
-DELTA = 1e-2  # errors in log L beyond this count linearly
+DELTA = 1e-2  # an error in log L above this counts linearly, not squared
 GRID, ZOOMS = 48, 4
 
 

@@ -38,8 +38,8 @@ from data.reader import kind_of, local_documents  # noqa: E402
 HERE = Path(__file__).resolve().parent
 REPOSITORY = "Skylion007/openwebtext"
 DOCUMENTS = 8_013_769  # in REPOSITORY: only the progress bar's total
-BATCH_CHARACTERS = 1 << 20  # a worker's task ends at these or at chunk_docs documents, whichever comes first
-LEARNED_CHARACTERS = 10_000_000  # a sentencepiece vocabulary is learned from the first so many characters
+BATCH_CHARACTERS = 1 << 20  # a worker's task ends at so many characters, or at chunk_docs documents
+LEARNED_CHARACTERS = 10_000_000  # how much of the text's start a sentencepiece vocabulary is learned from
 SPLITS = ("train", "val")
 
 
