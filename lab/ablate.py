@@ -11,10 +11,11 @@ Which ideas help? Trains configs with several seeds and learning rates through t
 A run is OUT_DIR/ROW/lrX-seedY, ROW the config's name and X the learning rate (muon_lr under Muon); the next call
 leaves finished runs alone, continues stopped ones and tries failed ones again. --report writes the results of finished
 runs to docs/results/NAME.jsonl (NAME: OUT_DIR without out-), which is committed: a run of those records with the same
-settings counts as finished too, so that a comparison can be spread over days and machines. --tune also trains each row
-at the best learning rate of a small grid, searched with one seed for one row per family; the other rows of the family
-use what it found. Another recipe, with commas between its files
-(--recipe=config/train_shakespeare_char_cpu.py,config/block_512.py), needs its own --out_dir.
+settings counts as finished too, so that a comparison can be spread over days and machines. Another recipe, with commas
+between its files (--recipe=config/train_shakespeare_char_cpu.py,config/block_512.py), needs its own --out_dir.
+
+--tune trains each row at its own best learning rate: with seed 0 at the recipe's rate, at 1.5 times and at 1/1.5 of
+it, and further until a lower and a higher rate are worse than the best one; then with the other seeds at that one.
 """
 
 import base64
@@ -55,23 +56,19 @@ class AblateConfig:
     seeds: int = 3  # how many seeds, 0, 1, ..., per row
     max_iters: int | None = None  # steps of a run, its schedule included; None = the recipe's
     learning_rates: str = ""  # with commas; empty = the recipe's own
-    tune: bool = False  # also at the best learning rate of --grid
-    grid: str = "1e-3,2e-3,3e-3,5e-3"  # learning rates that --tune tries with seed 0; or a sweep, FLAG:VALUES;FLAG:...
+    tune: bool = False  # each row at its own best learning rate, bracketed with seed 0; begins at the rates above
+    grid: str = ""  # a sweep, FLAG:VALUES;FLAG:...: each row with each combination of the values
     jobs: int = 1  # runs at a time; if more than one, with one thread each
     out_dir: str = "out-ablation"  # where runs lie
     time: bool = False  # measure the steps of finished rows that were not measured yet, and train nothing
     report: bool = False  # write the results of finished runs, and train nothing
     pictures: bool = False  # draw ideas from checkpoints, and train nothing
     docs: str = "docs"  # where --report and --pictures write: results.md, a page named as out_dir, img/, results/
-    sweep = ()  # [(flag, values)] of a --grid that sweeps
 
     def __post_init__(self):
         check_values(self, {"seeds jobs": "[1, inf)", "max_iters": "[0, inf)"})
         numbers("learning_rates", self.learning_rates)
-        if ":" in self.grid:
-            self.sweep, self.grid = sweep_of(self.grid), type(self).grid
-        elif not numbers("grid", self.grid):
-            raise ValueError("grid: name at least one learning rate")
+        self.sweep = sweep_of(self.grid)
 
     @property
     def recipes(self):
@@ -96,7 +93,7 @@ class AblateConfig:
 def sweep_of(text):
     """[(flag, [value, ...])] of "bio_threshold:0.1,0.4;bio_omega:1,2"; ValueError for a flag that there is not."""
     found = []
-    for part in text.split(";"):
+    for part in filter(None, text.split(";")):
         flag, _, values = part.strip().partition(":")
         if flag not in DEFAULTS or not values:
             raise ValueError(f"grid={part}: expected a model's flag, a colon, and values with commas between them")
@@ -127,23 +124,8 @@ def numbers(name, text):
 
 
 BASELINE = "baseline"
-# Families share a tuned learning rate. Row that is searched: first words of the other members' names, besides its own
-# name. A row of no family searches for itself.
-FAMILIES = {
-    BASELINE: "bp bias gelu_tanh no_positions ramanujan untied htm ste ln fuse gated adjacent freeze frozen",
-    "ferope_absolute": "ferope", "block_sparse_1": "block_sparse region", "knots": "", "sigmoid": "", "fhn": "linear",
-    "kaufmann": "", "kan": "", "bio": "", "mfs": "l4 aux", "mhc": "hc mla", "sdr": "",
-    "manifold_sphere": "manifold curriculum", "fa": "", "dfa": "", "sign_sym": "",
-    "mlp_topk": "resid_topk vq subspace limits",
-}  # fmt: skip
-
-
-def family(row):
-    """The row that `row` takes its tuned learning rate from; maybe itself."""
-    for head, names in FAMILIES.items():
-        if any(row == name or row.startswith(f"{name}_") for name in (head, *names.split())):
-            return head
-    return row
+STEP = 1.5  # between the learning rates that --tune tries
+MOST_RATES = 9  # of one row; after them its best rate is reported as not bracketed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,33 +393,35 @@ def train(cfg, runs):
 
 
 def tune(cfg, rows):
-    """The result of `tuned` after training what it needs: one row per family with seed 0 at all rates of the grid."""
-    members = {}
-    for row in rows:
-        members.setdefault(family(row), []).append(row)
-    heads = [head if head in rows else of[0] for head, of in members.items()]
-    train(cfg, [prepare(cfg, rows[head], head, lr, 0) for head in heads for lr in numbers("grid", cfg.grid)])
-    return tuned(find_runs(cfg), rows)
+    """{row: its best learning rate with seed 0}, after training rates until a worse one lies on both sides."""
+    start = learning_rates(cfg, cfg.recipes)
+    tried = {row: {} for row in rows}
+    for run in find_runs(cfg):
+        if run.is_done and run.seed == 0 and run.row in rows:
+            tried[run.row][run.lr] = run.loss
+    while wanted := [(row, lr) for row in rows for lr in rates_to_try(tried[row], start)]:
+        runs = [prepare(cfg, rows[row], row, lr, 0) for row, lr in wanted]
+        train(cfg, runs)
+        if any(not run.is_done and not run.failed for run in runs):
+            break  # another process is at them
+        for run in runs:
+            tried[run.row][run.lr] = run.loss if run.is_done else math.inf
+    return {row: min(tried[row], key=tried[row].get) for row in rows if tried[row]}
 
 
-def tuned(runs, rows):
+def rates_to_try(tried, start):
     """
-    {row: learning rate} to train at: what did best, with seed 0, for the row of its family that was searched: the
-    family's head, or the one with most rates tried; where none has two or more, the baseline.
+    The next learning rates, given {rate: loss} of those tried: `start` and its neighbours, then a step beyond the best
+    while it lies at an edge. Empty once a worse rate lies on both sides, or when nothing trains.
     """
-    tried = {}
-    for run in runs:
-        if run.is_done and run.seed == 0:
-            tried.setdefault(run.row, {})[run.lr] = run.loss
-    found = {}
-    for row in rows:
-        alike = [name for name in tried if family(name) == family(row) and len(tried[name]) > 1]
-        if not alike and len(tried.get(BASELINE, ())) > 1:
-            alike = [BASELINE]
-        if alike:
-            best = max(alike, key=lambda name: (name == family(row), len(tried[name])))
-            found[row] = min(tried[best], key=tried[best].get)
-    return found
+    if missing := [lr for lr in start if lr not in tried]:
+        return missing
+    best = min(tried, key=tried.get)
+    if math.isinf(tried[best]) or len(tried) >= MOST_RATES:
+        return []
+    lower = [] if min(tried) < best else [best / STEP]
+    higher = [] if max(tried) > best else [best * STEP]
+    return [float(f"{lr:.1e}") for lr in lower + higher]
 
 
 def best_rates(runs):
@@ -470,11 +454,11 @@ def is_worse(losses, best):
 
 def train_rows(cfg, rows):
     """Train all that was asked for; True if nothing failed."""
-    wanted = [(row, lr) for row in rows for lr in learning_rates(cfg, cfg.recipes)]
-    todo = [prepare(cfg, rows[row], row, lr, seed) for seed in range(cfg.seeds) for row, lr in wanted]
     if cfg.tune:
-        wanted = list(dict.fromkeys([*wanted, *tune(cfg, rows).items()]))
-        todo = [prepare(cfg, rows[row], row, lr, seed) for seed in range(cfg.seeds) for row, lr in wanted]
+        wanted = list(tune(cfg, rows).items())
+    else:
+        wanted = [(row, lr) for row in rows for lr in learning_rates(cfg, cfg.recipes)]
+    todo = [prepare(cfg, rows[row], row, lr, seed) for seed in range(cfg.seeds) for row, lr in wanted]
     train(cfg, todo)
     failed = [run for run in todo if run.failed]
     for run in failed:

@@ -19,7 +19,7 @@ from scipy import stats
 from configurator import ConfigError
 from helpers import ROOT, run_here as train_here
 from lab import ablate
-from lab.ablate import T_975, AblateConfig, Difference, Run, difference, family, find_runs, front
+from lab.ablate import T_975, AblateConfig, Difference, Run, difference, find_runs, front
 
 pytestmark = pytest.mark.slow
 
@@ -196,22 +196,37 @@ def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process, monkeypatch
 def test_tuned_column(recipe, tmp_path, in_process):
     out, docs = tmp_path / "out-tuned", tmp_path / "docs"
     rows = [config(tmp_path, "baseline"), config(tmp_path, "bias", "bias = True\n")]
-    words = [*rows, f"--recipe={recipe()}", "--seeds=2", "--tune", "--grid=1e-4,1e-3,1e-2", f"--out_dir={out}"]
+    words = [*rows, f"--recipe={recipe()}", "--seeds=2", "--tune", "--learning_rates=0.1", f"--out_dir={out}"]
     assert run_here(*words) == 0
-    found = ablate.tuned(find_runs(AblateConfig(out_dir=str(out))), ["bias", "baseline", "mfs"])  # mfs: as the baseline
-    best = 1e-2  # four steps: the fastest
-    losses = {lr: Run(out / "baseline" / f"lr{lr:g}-seed0").loss for lr in (1e-4, 1e-3, 1e-2)}
-    assert found == dict.fromkeys(["bias", "baseline", "mfs"], best)
-    assert min(losses, key=losses.get) == best
-    done = {(run.row, run.lr, run.seed) for run in find_runs(AblateConfig(out_dir=str(out))) if run.is_done}
-    both = {(row, lr, seed) for row in ("baseline", "bias") for lr in (1e-3, best) for seed in (0, 1)}
-    assert done == both | {("baseline", 1e-4, 0)}  # only the family's head is searched
-    assert run_here("--report", f"--out_dir={out}", f"--docs={docs}") == 0
+    runs = [run for run in find_runs(AblateConfig(out_dir=str(out))) if run.is_done]
+    for row in ("baseline", "bias"):
+        losses = {run.lr: run.loss for run in runs if run.row == row and run.seed == 0}
+        best = min(losses, key=losses.get)
+        assert {0.1, 0.067, 0.15} <= losses.keys()
+        assert min(losses) < best < max(losses)  # worse on both sides
+        assert [run.lr for run in runs if run.row == row and run.seed == 1] == [best]  # other seeds only there
+    assert run_here("--report", "--learning_rates=0.1", f"--out_dir={out}", f"--docs={docs}") == 0
     text = (docs / "results.md").read_text()
-    assert re.findall(r"^### Loss, (.*)$", text, re.MULTILINE) == ["lr 0.001", "tuned"]
-    assert table_under(text, "Loss, tuned")["bias"]["lr"] == "0.01*"  # at the grid's edge
-    losses = [Run(out / "bias" / f"lr0.01-seed{seed}").loss for seed in (0, 1)]
+    assert re.findall(r"^### Loss, (.*)$", text, re.MULTILINE) == ["lr 0.1", "tuned"]
+    assert table_under(text, "Loss, tuned")["bias"]["lr"] == f"{best:g}"  # no *: bracketed
+    losses = [Run(out / "bias" / f"lr{best:g}-seed{seed}").loss for seed in (0, 1)]
     assert table_under(text, "Loss, tuned")["bias"]["val loss"].startswith(f"{statistics.fmean(losses):.4f}")
+
+
+def test_rates_are_tried_until_worse_ones_lie_on_both_sides():
+    """On losses that are a parabola in log rate, the search ends at the best rate of its grid wherever it begins."""
+    for optimum in (1e-4, 9e-4, 2e-3, 0.03):
+        tried = {}
+        while wanted := ablate.rates_to_try(tried, [2e-3]):
+            tried |= {lr: math.log(lr / optimum) ** 2 for lr in wanted}
+        best = min(tried, key=tried.get)
+        assert abs(math.log(best / optimum)) <= math.log(1.5) / 2 + 0.05 or len(tried) == ablate.MOST_RATES
+        assert min(tried) < best < max(tried) or len(tried) == ablate.MOST_RATES
+    assert ablate.rates_to_try({}, [2e-3]) == [2e-3]
+    assert ablate.rates_to_try({2e-3: 1.0}, [2e-3]) == [1.3e-3, 3e-3]
+    assert ablate.rates_to_try({2e-3: 1.0, 3e-3: math.inf}, [2e-3]) == [1.3e-3]  # what diverges is worse
+    assert ablate.rates_to_try({2e-3: math.inf}, [2e-3]) == []  # nothing trains
+    assert ablate.rates_to_try({lr * 1e-4: lr for lr in range(1, 10)}, [1e-4]) == []  # enough were tried
 
 
 class Done:
@@ -383,15 +398,6 @@ def test_difference():
     assert difference({0: 1.0}, {0: 1.5}) == Difference(-0.5, None, "one seed")
 
 
-def test_families():
-    assert family("fhn_4_steps") == "fhn" and family("kan") == family("kan_gaus1") == "kan"
-    assert family("htm_lr") == "baseline" == family("baseline") == family("bias")
-    assert family("region_edges") == "block_sparse_1" and family("knots_and_rings") == "knots"
-    assert family("relu2") == "relu2" and family("biology") == "biology"
-    for path in sorted((ROOT / "config/ablation").glob("*.py")):
-        assert (ROOT / f"config/ablation/{family(path.stem)}.py").exists(), path.stem
-
-
 def test_pareto_front():
     points = {"cheap": (1, 3), "good": (3, 1), "middle": (2, 2), "bad": (3, 3), "same": (2, 2)}
     assert front(points) == {"cheap", "good", "middle", "same"}
@@ -448,7 +454,7 @@ def test_the_page_in_a_browser(recipe, tmp_path, in_process):
 def test_a_sweep_is_a_row_per_combination():
     cfg = ablate.AblateConfig(grid="bio_threshold:0.1,0.4; bio_omega:1,2")
     rows = ablate.swept({"bio": "config/ablation/bio.py", "mine": "--use_bio_mlp=True"}, cfg.sweep)
-    assert len(rows) == 8 and cfg.grid == ablate.AblateConfig.grid
+    assert len(rows) == 8
     words = ablate.words_of(rows["bio_bio_threshold_0_4_bio_omega_2"])
     assert words == ["config/ablation/bio.py", "--bio_threshold=0.4", "--bio_omega=2"]
     assert ablate.words_of(rows["mine_bio_threshold_0_1_bio_omega_1"])[0] == "--use_bio_mlp=True"
