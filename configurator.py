@@ -23,6 +23,7 @@ and after a recipe it changes only what it is about.
 import ast
 import difflib
 import inspect
+import itertools
 import math
 import os
 import re
@@ -208,6 +209,14 @@ class Key:
             raise self.refuse(repr(value), where) from None
 
 
+@cache
+def lines_of(cls):
+    """The lines of a top-level class, without parsing its whole module as inspect.getsource does."""
+    lines = inspect.getsource(sys.modules[cls.__module__]).splitlines()
+    start = lines.index(f"class {cls.__name__}:") + 1
+    return tuple(itertools.takewhile(lambda line: not line or line[0].isspace(), lines[start:]))
+
+
 def keys_of(*classes):
     """{name: Key} of the fields of `classes`, in order; types, defaults and comments are read from the classes.
 
@@ -217,7 +226,7 @@ def keys_of(*classes):
     for cls in classes:
         meaning, group_of, group = {}, {}, cls.__name__
         needs = cls.switches() if hasattr(cls, "switches") else {}
-        for line in inspect.getsource(cls).splitlines():
+        for line in lines_of(cls):
             if rule := GROUP.match(line):
                 group = rule[1]
             elif field := FIELD.match(line):
