@@ -204,6 +204,7 @@ class GPTConfig:
     ae_dim: int = 0  # its bottleneck; 0 = n_embd // 4
     aux_heads: str = ""  # layers, as in "2,4", from whose outputs the head also predicts the next token, in training
     aux_heads_weight: float = 0.1  # weight of each of these losses in the objective
+    aux_heads_own: bool = False  # each of these layers has an output matrix of its own, instead of the model's
     slate_window: int = 8  # hidden states whose mean is the context summary, where there are no regions
     # -- learning rules -----------------------------------------------------------------------------------------------
     method: Literal["bp", "fa", "dfa", "sign_sym"] = "bp"  # learning rule: backpropagation | feedback alignment | ...
@@ -429,7 +430,7 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     ("mfs_K mfs_P mfs_layers mfs_window mfs_lowrank_r", "use_mfs_head", lambda c: c.use_mfs_head),
     ("l4_loss_weight ae_window ae_dim", "add_l4_losses", lambda c: c.add_l4_losses),
     ("mfs_slate", "use_mfs_head and region_size=0", lambda c: c.has("reads_context") and not c.region_size),
-    ("aux_heads_weight", "aux_heads", lambda c: c.aux_heads),
+    ("aux_heads_weight aux_heads_own", "aux_heads", lambda c: c.aux_heads),
     ("slate_window", "add_l4_losses or mfs_slate, and region_size=0",
      lambda c: (c.add_l4_losses or c.mfs_slate) and not c.region_size),
     ("region_slate_include_prior", "region_size and use_mfs_head or add_l4_losses", lambda c: c.has_region_slate),
@@ -3289,10 +3290,11 @@ def language_model_loss(logits, chunked, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Auxiliary heads: the next token from the output x^l (B, T, C) of layers below the last, through the final norm and the
-# output embedding E that all layers share: -log softmax(E norm(x^l_t))[targets_t], in training only.
-# Cost: a second linear head per layer in training, no parameters, nothing in evaluation. Deeply supervised nets, Lee et
-# al. 2015, arXiv 1409.5185; on a character transformer's layers, Al-Rfou et al. 2019, arXiv 1808.04444.
+# Auxiliary heads: the next token from the output x^l (B, T, C) of layers below the last, through the final norm and an
+# output matrix, the model's own E or one per layer: -log softmax(E norm(x^l_t))[targets_t], in training only.
+# Cost: a linear head more per layer in training, V C parameters if it is the layer's own, nothing in evaluation.
+# Deeply supervised nets, Lee et al. 2015, arXiv 1409.5185; on a character transformer's layers, Al-Rfou et al. 2019,
+# arXiv 1808.04444.
 
 
 class LayerLosses(nn.Module):
@@ -3301,17 +3303,21 @@ class LayerLosses(nn.Module):
         self.layers = [int(layer) for layer in config.aux_heads.split(",")]  # counted from 1
         self.loss_weight, self.chunk, self.cap = config.aux_heads_weight, config.loss_chunk, config.logit_softcap
         self.head_size = config.vocab_size * config.n_embd
+        self.own = nn.ModuleDict()  # {layer: its output matrix}
+        if config.aux_heads_own:
+            heads = (nn.Linear(config.n_embd, config.vocab_size, bias=False) for _ in self.layers)
+            self.own.update({str(layer): head for layer, head in zip(self.layers, heads)})
 
     def add_loss(self, x, layer, norm, run):
         """Leave "aux_LAYER" in run.losses, from that layer's output x, (B, T, C) or streams (B, T, n, C)."""
         if layer not in self.layers or not run.training or run.targets is None:
             return
-        h = norm(stream_mean(x))
+        h, weight = norm(stream_mean(x)), self.own[str(layer)].weight if self.own else run.weight
         if self.cap:
-            logits = softcap(F.linear(h, run.weight), self.cap)
+            logits = softcap(F.linear(h, weight), self.cap)
             loss = F.cross_entropy(logits.flatten(0, 1), run.targets.flatten(), ignore_index=-1)
         else:
-            loss = chunked_cross_entropy(h, run.weight, run.targets, self.chunk)
+            loss = chunked_cross_entropy(h, weight, run.targets, self.chunk)
         run.losses[f"aux_{layer}"] = (self.loss_weight, loss)
 
     def flops_per_token(self, T):
@@ -3683,7 +3689,7 @@ def muon_groups(model, rates, weight_decay):
             if isinstance(child, nn.Linear) and min(child.weight.shape) >= model.config.n_embd:
                 splits[child.weight] = getattr(module, "parts", {}).get(name, ())
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} | {*model.transformer.wte.parameters()}
-    heads = {p for part in (model.lm_head, model.head) if part is not None for p in part.parameters()}
+    heads = {p for part in (model.lm_head, model.head, model.aux) if part is not None for p in part.parameters()}
     groups = {role: {"role": role, "params": [], "lr": rate, "weight_decay": 0.0} for role, rate in rates.items()}
     for p in model.parameters():
         if p.requires_grad:

@@ -198,6 +198,7 @@ VARIANTS = {
         **CELLS,
     },
     "aux_heads": {"aux_heads": "1"},
+    "aux_heads_own": {"aux_heads": "1", "aux_heads_own": True},
     "aux_heads_all": {
         "aux_heads": "1,2",
         "n_layer": 3,

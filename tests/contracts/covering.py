@@ -147,7 +147,7 @@ ON = {
     "mfs_K mfs_P mfs_layers mfs_window mfs_lowrank_r use_mfs_head": FACETS,
     "l4_loss_weight ae_window ae_dim": [{"add_l4_losses": True}],
     "mfs_slate": FACETS,
-    "aux_heads_weight": [{"aux_heads": "1"}],
+    "aux_heads_weight aux_heads_own": [{"aux_heads": "1"}],
     "slate_window": [{"add_l4_losses": True}, FACETS[0] | {"mfs_slate": True}],
     "method freeze_emb": [UNTIED],
     "frozen_seed": [{"vq_codes": 2048}, {"subspace_rank": 24}, *NOT_BP],

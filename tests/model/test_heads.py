@@ -326,7 +326,13 @@ def test_costs_at_most_twice_the_linear_head():
 # Auxiliary heads ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [{}, {"loss_chunk": 7}, {"logit_softcap": 3.0}, {"use_mhc": True}, {"use_mla": True}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {}, {"loss_chunk": 7}, {"logit_softcap": 3.0}, {"use_mhc": True}, {"use_mla": True}, {"aux_heads_own": True},
+        {"aux_heads_own": True, "logit_softcap": 3.0, "tie_weights": False},
+    ],
+)  # fmt: skip
 def test_auxiliary_heads_by_hand(flags):
     """Losses and gradients from the layers' outputs, as the next layers read them, in plain formulas."""
     torch.manual_seed(0)
@@ -343,16 +349,18 @@ def test_auxiliary_heads_by_hand(flags):
     cap, losses = flags.get("logit_softcap"), [model.losses["lm"]]
     for layer in (1, 3):
         x = read[layer].mean(2) if "use_mhc" in flags else read[layer]
-        logits = model.transformer.ln_f(x) @ model.transformer.wte.weight.T
+        own = flags.get("aux_heads_own")
+        logits = model.transformer.ln_f(x) @ (model.aux.own[str(layer)] if own else model.lm_head).weight.T
         log_p = (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(-1)
         picked = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
         losses.append(-picked[targets != -1].mean())
         torch.testing.assert_close(model.losses[f"aux_{layer}"], losses[-1].detach())
     assert set(model.losses) == {"lm", "aux_1", "aux_3"}
     torch.testing.assert_close(loss, losses[0] + 0.25 * (losses[1] + losses[2]))
-    plain = GPT(GPTConfig(**sizes, **flags)).double()
-    plain.load_state_dict(model.state_dict())
-    parameters = list(model.parameters())
+    plain = GPT(GPTConfig(**sizes, **{k: v for k, v in flags.items() if k != "aux_heads_own"})).double()
+    shared = {name for name, _ in plain.named_parameters()}
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("aux.own")})
+    parameters = [p for name, p in model.named_parameters() if name in shared]
     got = torch.autograd.grad(loss, parameters, retain_graph=True)
     lm = torch.autograd.grad(plain(idx, targets)[1], list(plain.parameters()))
     aux = torch.autograd.grad(0.25 * (losses[1] + losses[2]), parameters, allow_unused=True)
