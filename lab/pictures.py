@@ -6,8 +6,8 @@ What the ideas look like inside trained models.
     python -m lab.ablate --pictures                                  # all of them, from a comparison's runs
 
 It needs a run's folder with ckpt.pt, whose model has what the picture shows, and its data set. Pictures: routing,
-waves, knots, oscillators, wavelets, sdr, noise, mhc, spectrum, coxeter; and alignment, from metrics.jsonl of one run or
-more.
+waves, knots, oscillators, wavelets, sdr, noise, mhc, spectrum, coxeter; and alignment and sparsity, from metrics.jsonl
+of one run or more.
 """
 
 import io
@@ -298,14 +298,18 @@ def picture_coxeter(folder, blocks=16):
     return figure
 
 
+def logged(folder, name):
+    """[(step, value)] of what a run logged under that name."""
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [(line["iter"], line[name]) for line in lines if name in line]
+
+
 def picture_alignment(folders):
     """Over training: mean angle between feedback and weights, and mean cosine with backpropagation's gradient."""
     figure, panels = pyplot().subplots(1, 2, figsize=(12, 4.5), **TIGHT)
     for i, (row, folder) in enumerate(folders.items()):
-        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         for axes, name in zip(panels, ("angle", "cosine")):
-            points = [(line["iter"], line[name]) for line in lines if name in line]
-            if points:
+            if points := logged(folder, name):
                 axes.plot(*zip(*points), marker=".", color=f"C{i}", label=f"{row} {points[-1][1]:.2f}")
     panels[0].axhline(90, color="black", lw=0.8, ls="--")
     panels[1].axhline(0, color="black", lw=0.8, ls="--")
@@ -314,6 +318,29 @@ def picture_alignment(folders):
     for axes in panels:
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
+    return figure
+
+
+WIGGLE = {"first": (0.60, 0.70), "last": (0.13, 0.30)}  # WiggleGPT's published shares of silent units
+
+
+def picture_sparsity(folders):
+    """Over training: the share of hidden units whose events are silent, beside what WiggleGPT publishes."""
+    figure, axes = pyplot().subplots(figsize=(7.5, 4.5), **TIGHT)
+    end = 1
+    for i, (row, folder) in enumerate(folders.items()):
+        if points := logged(folder, "sparsity"):
+            axes.plot(*zip(*points), color=f"C{i}", label=f"{row}: {points[0][1]:.2f} to {points[-1][1]:.2f}")
+            end = max(end, points[-1][0])
+    for when, (start, stop) in zip(WIGGLE, ((0, 0.1 * end), (0.9 * end, end))):
+        low, high = WIGGLE[when]
+        label = f"WiggleGPT, {when}: {low:.2f} to {high:.2f}"
+        axes.fill_between((start, stop), low, high, color="grey", alpha=0.25 if when == "first" else 0.5, label=label)
+    axes.set(
+        xlabel="step", ylabel="silent share of hidden units", ylim=(0, 1), title="Sparsity of events over training"
+    )
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
     return figure
 
 
@@ -404,6 +431,7 @@ PICTURES = {
 # the same, of all finished rows in one picture
 COMPARISONS = {
     "alignment": (("fa", "fa_grape", "dfa", "dfa_grape", "sign_sym", "sign_sym_init"), picture_alignment),
+    "sparsity": (("bio_events", "bio_adaptive", "bio_plastic", "bio_spiking"), picture_sparsity),
 }
 DIAGRAMS = {"motif": picture_motif}  # pictures that need no run
 

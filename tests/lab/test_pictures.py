@@ -65,6 +65,17 @@ def test_alignment(train):
     assert pictures.png(figure).startswith(b"\x89PNG")
 
 
+def test_sparsity_over_training(train):
+    rows, draw = pictures.COMPARISONS["sparsity"]
+    folder = train(rows[0])
+    axes = draw({rows[0]: folder, "no events": train("fhn")}).axes[0]
+    course = pictures.logged(folder, "sparsity")
+    assert axes.lines[0].get_xydata().tolist() == [list(point) for point in course] and len(axes.lines) == 1
+    assert all(0 <= share <= 1 for _, share in course)
+    bands = [tuple(band.get_paths()[0].vertices[:, 1][[0, 1]]) for band in axes.collections]
+    assert [tuple(sorted(set(band))) for band in bands] == [(0.6, 0.7), (0.13, 0.3)]
+
+
 def test_coxeter_plane():
     """Seven rings of 18 roots: E7's Coxeter number is 18, and it turns every root with the ring."""
     places = pictures.coxeter_plane()
