@@ -1117,13 +1117,13 @@ def all_reduce(counts):
 def append_to_cache(store, k, v):
     """Add k, v (B, nh, t, hs) to a layer's store; returns all n so far, (B, nh, n, hs) each.
 
-    The buffer doubles when it is full, so a token costs O(1) copies, whatever the length.
+    A full buffer grows by a sixteenth: so many tokens share its copy, and no more than that is spare.
     """
     start = store.get("n", 0)
     n = start + k.size(2)
     if "kv" not in store or n > store["kv"].size(3):
         B, nh, _, hs = k.shape
-        grown = k.new_empty(2, B, nh, max(64, 2 * n), hs)
+        grown = k.new_empty(2, B, nh, n + max(16, n // 16), hs)
         if start:
             grown[..., :start, :] = store["kv"][..., :start, :]
         store["kv"] = grown
@@ -3321,8 +3321,8 @@ class LayerLosses(nn.Module):
         run.losses[f"aux_{layer}"] = (self.loss_weight, loss)
 
     def flops_per_token(self, T):
-        """Forward FLOPs in training: a linear head per layer."""
-        return 2 * len(self.layers) * self.head_size
+        """Forward FLOPs in training besides linear layers: a head per layer that has none of its own."""
+        return 0 if self.own else 2 * len(self.layers) * self.head_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------

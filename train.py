@@ -105,6 +105,7 @@ class TrainConfig:
     eval_iters: int = 200  # random batches per split and evaluation
     eval_full: bool = False  # validate on the whole val split, once, in windows that do not overlap
     eval_only: bool = False  # evaluate once and stop
+    cost: bool = False  # show parameters, FLOPs, memory and time beside the same shape with every idea off, and stop
     always_save_checkpoint: bool = True  # write ckpt_last.pt after every evaluation, not only after better ones
     log_alignment: bool = False  # with a method other than "bp": also compare gradients with backpropagation's
     log_interval: int = 1  # steps between lines of metrics.jsonl
@@ -348,7 +349,7 @@ NANOGPT = {  # settings of nanoGPT's own checkpoints that a resume takes over; t
     "grad_clip", "decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "eval_interval", "eval_iters", "log_interval",
     "always_save_checkpoint", "dataset",
 }  # fmt: skip
-OWN = {f.name for f in fields(TrainConfig)} - {"out_dir", "init_from", "eval_only"}  # and of ours
+OWN = {f.name for f in fields(TrainConfig)} - {"out_dir", "init_from", "eval_only", "cost"}  # and of ours
 
 
 def resume(settings):
@@ -548,7 +549,7 @@ class Trainer:
     """Model, optimiser and position of a run. `step()` trains, `evaluate()` measures, `save()` keeps."""
 
     def __init__(self, cfg, model, data, world, dtype, checkpoint=None):
-        self.cfg, self.data, self.world = cfg, data, world
+        self.cfg, self.data, self.world, self.dtype = cfg, data, world, dtype
         self.model = model.to(world.device)
         self.config = model.config
         self.device_type = world.device.split(":")[0]
@@ -941,7 +942,7 @@ def run(settings):
     """A whole run, from resolved settings. Raises ConfigError, DataError, CheckpointError or Diverged."""
     settings = settings.expanded("out_dir", "data_dir", "dataset", "init_from")
     out_dir, is_main = settings.values["out_dir"], ranks()[0] == 0
-    writes = is_main and not settings.values["eval_only"]
+    writes = is_main and not (settings.values["eval_only"] or settings.values["cost"])
     with ExitStack() as held:
         is_held = writes and os.path.isdir(out_dir)
         if is_held:  # before its checkpoint is read: another run may be about to write it
@@ -954,7 +955,11 @@ def run(settings):
                 held.enter_context(hold(out_dir))
             if checkpoint is None and (moved := keep_previous(out_dir)):
                 print(f"{out_dir}: an earlier run was there; its files are in {moved} now", flush=True)
-        if trainer.cfg.eval_only:
+        if trainer.cfg.cost:
+            from lab import cost  # it imports this script
+
+            cost.show(trainer)
+        elif trainer.cfg.eval_only:
             losses = finite(trainer.evaluate(), trainer.iter_num)
             if is_main:
                 print(", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
@@ -972,6 +977,8 @@ def build(settings, checkpoint):
     """(Trainer, tokenizer for samples or None, number format) of a run, told in a few lines."""
     cfg = settings.build(TrainConfig)
     check_packages(cfg)
+    if cfg.cost:
+        cfg.compile = False  # minutes of compiling are no part of an estimate
     cfg.wandb_run_name = cfg.wandb_run_name or os.environ.get("WANDB_NAME") or "-".join(settings.files) or "nanochimera"
     device, why_device = pick_device(cfg.device)
     world = World(device, cfg.backend)

@@ -1,5 +1,6 @@
 # The NeuroManifold system in GPT-2 medium's shape; the rest as small.py. Plain twin: medium_baseline.
 # python data/openwebtext/prepare.py
+# Training takes 29 GB at 6 sequences per micro-batch; --cost shows its parts, and the time here.
 # torchrun --standalone --nproc_per_node=8 train.py config/presets/medium.py
 base("config/train_gpt2.py", sample_interval=500, init_from="auto", batch_size=6, gradient_accumulation_steps=80)
 out_dir = "out-neuromanifold-medium"

@@ -1,5 +1,6 @@
 # The NeuroManifold system in GPT-2 small's shape, words as plain embeddings (--use_sdr: as sparse codes of 2048 bits);
 # what its parts are: nano.py. Plain twin: small_baseline. python data/openwebtext/prepare.py
+# Training takes 21 GB at 12 sequences per micro-batch; --cost shows its parts, and the time here.
 # torchrun --standalone --nproc_per_node=8 train.py config/presets/small.py
 base("config/train_gpt2.py", sample_interval=500, init_from="auto")
 out_dir = "out-neuromanifold-small"

@@ -1,5 +1,6 @@
 # WiggleGPT's second version, without dendrites: oscillators and sparse events alone, 45.70M parameters. Plain twin:
 # wigglegpt_8gb_baseline. python data/openwebtext/prepare.py
+# Training takes 1.6 GB at 2 sequences per micro-batch; --cost shows its parts, and the time here.
 # python train.py config/presets/wigglegpt_v2_8gb.py
 base(
     "config/train_gpt2.py", sample_interval=500, init_from="auto", batch_size=2, gradient_accumulation_steps=16,
