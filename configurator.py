@@ -458,6 +458,40 @@ def print_help(keys, doc, aliases):
     print("\n--config FILE, --print_config (show the resolved configuration and stop), --help")
 
 
+def outline(file, names):
+    """A module in which only these names of a source file are defined, and what it imports of the standard library."""
+    module = types.ModuleType(Path(file).stem)
+    module.__file__ = str(file)
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    module.__doc__ = ast.get_docstring(tree, clean=False)
+    tree.body = [node for node in tree.body if is_outlined(node, names)]
+    sys.modules[module.__name__] = module  # where the source of its classes is looked up
+    exec(compile(tree, str(file), "exec"), vars(module))
+    return module
+
+
+def is_outlined(node, names):
+    if isinstance(node, ast.ImportFrom):
+        return node.module in sys.stdlib_module_names
+    targets = node.targets if isinstance(node, ast.Assign) else [node]
+    return any(getattr(target, "name", getattr(target, "id", "")) in names for target in targets)
+
+
+def help_before_imports(prog, files, aliases=()):
+    """Answer --help from the sources alone, where it is asked for: PyTorch would take a second to import.
+
+    files: {file: names}, of which those that end in Config are the classes to show and `aliases` the functions that
+    `read` takes; what they need to be defined comes along. The first file's docstring is shown.
+    """
+    if not {"--help", "-h"} & set(sys.argv[1:]):
+        return
+    with one_line_errors(prog):
+        modules = [outline(ROOT / file, (*names, *aliases)) for file, names in files.items()]
+        shown = [getattr(m, n) for m, names in zip(modules, files.values()) for n in names if n.endswith("Config")]
+        functions = {name: getattr(modules[0], name) for name in aliases}
+        read(sys.argv[1:], *shown, doc=modules[0].__doc__, aliases=functions)
+
+
 def print_config(settings):
     """Print the configuration as a config file; defaults are comments, so that a data set may still choose its own."""
     group = None

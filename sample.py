@@ -10,8 +10,11 @@ In --start and --stop, \\n is a newline, \\t a tab and \\\\ a backslash, since a
 
 import signal
 
+import configurator
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported: no traceback
+    configurator.help_before_imports("sample.py", {"sample.py": ["SampleConfig"]})
 
 import codecs
 import re
@@ -22,7 +25,6 @@ from typing import Literal
 
 import torch
 
-import configurator
 from configurator import ROOT, ConfigError, check_values, expand
 from data.corpus import (
     GPT2,

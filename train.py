@@ -11,8 +11,15 @@ Config files are Python assignments, run in order; flags win over them.
 
 import signal
 
+import configurator
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported: no traceback
+    configurator.help_before_imports(
+        "train.py",
+        {"train.py": ["PRECISIONS", "TrainConfig"], "model.py": ["NEEDS", "GPTConfig"]},
+        ["precision", "devices"],
+    )
 
 import json
 import math
@@ -41,7 +48,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import configurator
 from configurator import ROOT, ConfigError, check_values
 from data.corpus import GPT2, GPT2_NAMES, DataError, first_ids, has_tokenizer, load_tokenizer, same_tokenizer, visible
 from data.dataset import TRAIN, TRAIN_LOSS, VAL_LOSS, TokenDataset

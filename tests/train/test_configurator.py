@@ -1,6 +1,8 @@
 """Config files and flags: what users type, what they get, and what they are told when it is wrong."""
 
+import importlib
 import math
+import os
 import re
 import subprocess
 import sys
@@ -663,3 +665,15 @@ def test_anchored_phases_are_fe_rope_and_facets_read_what_layers_there_are():
     assert GPTConfig(ferope_anchor_relative=True, pos_embedding="none").use_ferope
     with pytest.warns(UserWarning, match="mfs_layers=3: all n_layer=2 are read"):
         assert GPTConfig(n_layer=2, use_mfs_head=True).mfs_layers == 2
+
+
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_help_comes_before_pytorch(name, tmp_path, capsys):
+    """In a process where importing torch fails, --help prints what the script itself would print."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    words = [sys.executable, str(ROOT / f"{name}.py"), "--help"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(name).main(["--help"])
+    assert done.stdout == capsys.readouterr().out and done.returncode == 0 and not done.stderr
