@@ -18,7 +18,7 @@ import math
 
 import torch
 
-CHUNK = 1 << 18  # pairs of segments of strand_links at a time: 2 MiB a matrix, so that they stay in the cache
+CHUNK = 1 << 17  # pairs of segments of strand_links at a time: 1 MiB per matrix, so that they stay in the cache
 SHARPEST = 1e-4  # limits of the gradient: 1 + cos of the angle that an arc spans is taken to be at least this,
 NEAREST = 1e-3  # and a distance at least this part of the pair's mean distance
 
@@ -185,14 +185,26 @@ def strand_links(strands, others=None):
     D = C if others is None else others.size(2)
     here = lines(strands.flatten(0, 1))
     there = here if others is None else lines(others.flatten(0, 1))
-    N = max(1, CHUNK // max(1, C * n * D * n))
-    links = []
-    for s in range(0, B * H, N):
-        a = tuple(x[s : s + N] for x in here)
-        b = a if others is None else tuple(x[s : s + N] for x in there)
-        links.append(half_crossings(a, b, C, D, n))
-    links = torch.cat(links).unflatten(0, (B, H))
-    return links if others is not None else links * (1 - torch.eye(C, device=links.device))
+    pairs = max(1, C * n * D * n)
+    heads, rows = max(1, CHUNK // pairs), max(1, math.ceil(C * CHUNK / pairs))
+    links = strands.new_zeros(B * H, C, D, dtype=torch.float32)
+    for s in range(0, B * H, heads):
+        a = tuple(x[s : s + heads] for x in here)
+        b = a if others is None else tuple(x[s : s + heads] for x in there)
+        for c in range(0, C, rows):
+            end = D if others is not None else min(C, c + rows)  # the rest is the same, mirrored
+            some, before = cells_of(a, C, c, c + rows), cells_of(b, D, 0, end)
+            links[s : s + heads, c : c + rows, :end] = half_crossings(some, before, min(rows, C - c), end, n)
+    if others is None:
+        links = links.tril(-1) + links.tril(-1).mT
+    return links.unflatten(0, (B, H))
+
+
+def cells_of(rows, C, start, end):
+    """The `lines` of the strands start .. end - 1 of C."""
+    if start == 0 and end >= C:
+        return rows
+    return tuple(x.unflatten(1, (-1, C))[:, :, start:end].flatten(1, 2) for x in rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
