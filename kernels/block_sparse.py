@@ -103,12 +103,12 @@ def reference(q, k, v, route, *, activation="softmax", bias=None, row_bias=None,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The PyTorch path: one query cell after the other, all batches and heads at once.
+# The PyTorch path: one query cell after the other, or some short ones together, all batches and heads at once.
 #
 # On a CPU, plain softmax over a static relation goes through the fused attention kernel twice per cell, once causally
 # over the cell itself and once over the keys before it; the two are merged by their log-sum-exp, and its backward,
 # given the merged log-sum-exp, returns each part's exact share of the gradient. Everything else (sigmoid, biases, a
-# relation for each head and batch) gathers a cell's keys and multiplies matrices.
+# relation for each head and batch) gathers the keys of some cells and multiplies matrices.
 
 fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -176,58 +176,87 @@ def fused_gradients(grad, q, k, v, out, lse, starts, allowed, scale):
     return dq, dk, dv
 
 
-class Gather:
-    """The keys of one query cell, for every batch and head: positions and their cells, (X, m), X = 1 or B H.
+GROUP = 1 << 19  # scores at a time, of several short cells: fewer calls, and what they read stays in the cache
 
-    Rows with fewer keys than the fullest one are padded; `seen` (X, n, m) is the mask of the cell's n queries.
+
+def groups(starts, allowed, rows):
+    """(first, last): cells first .. last - 1, which are computed together for `rows` batches and heads."""
+    lengths = torch.tensor(starts, device=allowed.device).diff()
+    keys = (allowed * lengths).sum(-1).amax(0).tolist()  # of each cell, in the row with the most
+    first, widest, longest = 0, 0, 0
+    for c, (n, m) in enumerate(zip(lengths.tolist(), keys)):
+        widest, longest = max(widest, m), max(longest, n)
+        if c > first and (c + 1 - first) * longest * widest * rows > GROUP:
+            yield first, c
+            first, widest, longest = c, m, n
+    yield first, len(keys)
+
+
+class Gather:
+    """Queries and keys of G cells, first .. last - 1, for every batch and head, X = 1 or B H rows.
+
+    query (G, n): positions, in cells shorter than the longest one padded, where `real` (G, n) is false; position and
+    cell (X, G, m): where the keys are, padded too; seen (X, G, n, m): the mask.
     """
 
-    def __init__(self, starts, allowed, c):
+    def __init__(self, starts, allowed, first, last):
         device = allowed.device
         spans = torch.tensor(starts, device=device)
-        cells, rows = self.cells_of(allowed[:, c, : c + 1])
+        cells = self.cells_of(allowed[:, first:last, :last])
         lengths = torch.where(cells >= 0, spans[cells + 1] - spans[cells], 0)
-        width = int(lengths.sum(1).max()) if lengths.numel() else 0
-        ends = lengths.cumsum(1)
-        slot = torch.arange(width, device=device).expand(rows, width).contiguous()
-        which = torch.searchsorted(ends, slot, right=True)  # which of the row's cells a slot belongs to
-        real = which < cells.size(1)
-        which = which.clamp(max=max(0, cells.size(1) - 1))
-        self.cell = cells.gather(1, which).clamp(min=0)
-        self.position = (spans[self.cell] + slot - (ends - lengths).gather(1, which)).clamp(max=starts[-1] - 1)
-        query = torch.arange(starts[c], starts[c + 1], device=device)
-        self.seen = real[:, None, :] & (self.position[:, None, :] <= query[:, None])
+        width = int(lengths.sum(2).max()) if lengths.numel() else 0
+        ends = lengths.cumsum(2)
+        slot = torch.arange(width, device=device).expand(*cells.shape[:2], width).contiguous()
+        which = torch.searchsorted(ends, slot, right=True)  # which of the related cells a slot belongs to
+        exists = which < cells.size(2)
+        which = which.clamp(max=max(0, cells.size(2) - 1))
+        self.cell = cells.gather(2, which).clamp(min=0)
+        self.position = (spans[self.cell] + slot - (ends - lengths).gather(2, which)).clamp(max=starts[-1] - 1)
+        begin, end = spans[first:last, None], spans[first + 1 : last + 1, None]
+        self.span, self.cells = slice(starts[first], starts[last]), slice(first, last)
+        query = begin + torch.arange(int((end - begin).max()), device=device)
+        self.real, self.query = query < end, query.clamp(max=starts[-1] - 1)
+        past = self.position[:, :, None, :] <= self.query[None, :, :, None]
+        self.seen = past & exists[:, :, None, :] & self.real[None, :, :, None]
 
     @staticmethod
     def cells_of(allowed):
-        """The cells that are true in each row of (X, C), in order, padded with -1: (X, most), and X."""
-        count = allowed.sum(1)
-        order = torch.argsort(allowed.byte(), dim=1, descending=True, stable=True)[:, : int(count.max())]
-        return torch.where(
-            torch.arange(order.size(1), device=allowed.device) < count[:, None], order, -1
-        ), allowed.size(0)
+        """The cells that are true in each row of (X, G, C), in order, padded with -1: (X, G, most)."""
+        count = allowed.sum(2)
+        order = torch.argsort(allowed.byte(), dim=2, descending=True, stable=True)[:, :, : int(count.max())]
+        return torch.where(torch.arange(order.size(2), device=allowed.device) < count[:, :, None], order, -1)
+
+    def rows_of(self, x):
+        """The gathered positions as rows of x.flatten(0, 1), x (B H, T, D): (B H G m,)."""
+        first = torch.arange(len(x), device=x.device)[:, None, None] * x.size(1)
+        return (self.position + first).flatten()
 
     def take(self, x):
-        """Rows of x (B H, T, D) at the gathered positions: (B H, m, D)."""
-        if len(self.position) == 1:
-            return x[:, self.position[0]]
-        return x.gather(1, self.position[:, :, None].expand(-1, -1, x.size(2)))
+        """x (B H, T, D) at the gathered positions: (B H, G, m, D)."""
+        rows = x.flatten(0, 1).index_select(0, self.rows_of(x))
+        return rows.view(len(x), *self.position.shape[1:], x.size(2))
 
     def add_to(self, x, y):
-        """x[gathered positions] += y, in place. Padding carries zeros."""
-        if len(self.position) == 1:
-            x.index_add_(1, self.position[0], y)
-        else:
-            x.scatter_add_(1, self.position[:, :, None].expand(-1, -1, x.size(2)), y)
+        """x[gathered positions] += y (B H, G, m, D), in place. Padding carries zeros."""
+        x.flatten(0, 1).index_add_(0, self.rows_of(x), y.flatten(0, 2))
+
+    def queries(self, x):
+        """x (B H, T, ...) at the cells' positions: (B H, G, n, ...)."""
+        return x[:, self.query]
+
+    def drop_padding(self, x):
+        """(B H, G, n, ...) in the order of positions, those of `span`: (B H, length, ...)."""
+        return x.flatten(1, 2) if self.real.all() else x[:, self.real]
 
 
-def probabilities(q, k, gather, c, span, bias, row_bias, scale, activation, lse=None):
-    """(p, lse) of one query cell: p (B H, n, m), and its log-sum-exp (B H, n, 1), None for sigmoid."""
-    scores = q[:, slice(*span)] @ gather.take(k).mT * scale
+def probabilities(q, k, gather, bias, row_bias, scale, activation, lse=None):
+    """(p, lse) of some query cells: p (B H, G, n, m), and its log-sum-exp (B H, G, n, 1), None for sigmoid."""
+    scores = gather.queries(q) @ gather.take(k).mT * scale
     if bias is not None:
-        scores = scores + bias[:, c].gather(1, gather.cell.expand(len(bias), -1))[:, None, :]
+        bias = bias[:, gather.cells]
+        scores = scores + bias.gather(2, gather.cell.expand(len(bias), -1, -1))[:, :, None, :]
     if row_bias is not None:
-        scores = scores + row_bias[slice(*span), None]
+        scores = scores + row_bias[gather.query][..., None]
     if activation == "sigmoid":
         return scores.sigmoid() * gather.seen, None
     scores = scores.masked_fill(~gather.seen, -math.inf)
@@ -246,12 +275,12 @@ def torch_forward(q, k, v, starts, allowed, bias, row_bias, scale, activation):
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     allowed, bias = flat_relation(allowed, bias, B, H, q.dtype)
     out, lse = torch.empty_like(q), q.new_empty(B * H, T if activation == "softmax" else 0)
-    for c, span in enumerate(zip(starts, starts[1:])):
-        gather = Gather(starts, allowed, c)
-        p, l = probabilities(q, k, gather, c, span, bias, row_bias, scale, activation)
-        out[:, slice(*span)] = p @ gather.take(v)
+    for cells in groups(starts, allowed, B * H):
+        gather = Gather(starts, allowed, *cells)
+        p, l = probabilities(q, k, gather, bias, row_bias, scale, activation)
+        out[:, gather.span] = gather.drop_padding(p @ gather.take(v))
         if l is not None:
-            lse[:, slice(*span)] = l[..., 0]
+            lse[:, gather.span] = gather.drop_padding(l[..., 0])
     return out.unflatten(0, (B, H)).to(dtype), lse.unflatten(0, (B, H))
 
 
@@ -267,19 +296,20 @@ def torch_backward(grad, q, k, v, out, lse, starts, allowed, bias, row_bias, sca
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dbias = q.new_zeros(0, dtype=dtype) if bias is None else torch.zeros_like(bias)
     drow = q.new_zeros(0, dtype=dtype) if row_bias is None else q.new_zeros(T)
-    for c, span in enumerate(zip(starts, starts[1:])):
-        at, gather = slice(*span), Gather(starts, allowed, c)
-        known = lse.flatten(0, 1)[:, at, None] if activation == "softmax" else None
-        p, _ = probabilities(q, k, gather, c, span, bias, row_bias, scale, activation, known)
-        gather.add_to(dv, p.mT @ grad[:, at])
-        dp = grad[:, at] @ gather.take(v).mT
+    for cells in groups(starts, allowed, B * H):
+        gather = Gather(starts, allowed, *cells)
+        known = gather.queries(lse.flatten(0, 1))[..., None] if activation == "softmax" else None
+        p, _ = probabilities(q, k, gather, bias, row_bias, scale, activation, known)
+        some = gather.queries(grad)
+        gather.add_to(dv, p.mT @ some)
+        dp = some @ gather.take(v).mT
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) if activation == "softmax" else p * (1 - p) * dp
-        dq[:, at] = ds @ gather.take(k) * scale
-        gather.add_to(dk, ds.mT @ q[:, at] * scale)
+        dq[:, gather.span] = gather.drop_padding(ds @ gather.take(k) * scale)
+        gather.add_to(dk, ds.mT @ gather.queries(q) * scale)
         if bias is not None:
-            dbias[:, c].scatter_add_(1, gather.cell.expand(B * H, -1), ds.sum(1))
+            dbias[:, gather.cells].scatter_add_(2, gather.cell.expand(B * H, -1, -1), ds.sum(2))
         if row_bias is not None:
-            drow[at] = ds.sum((0, 2))
+            drow[gather.span] = gather.drop_padding(ds.sum((0, 3))[None])[0]
     if bias is not None:
         dbias = dbias.unflatten(0, (B, H)).sum_to_size(bias_shape)
     return (*(x.unflatten(0, (B, H)).to(dtype) for x in (dq, dk, dv)), dbias, drow)
