@@ -424,13 +424,15 @@ def test_append_kv_keeps_everything(chunks):
         assert n <= store["kv"].size(3) <= max(64, 2 * n)
 
 
-def test_append_kv_copies_seldom():
-    store, sizes = {}, []
-    for _ in range(1000):
+def test_append_kv_copies_seldom_and_spares_little():
+    store, copied, size = {}, 0, 0
+    for n in range(1, 3001):
         append_to_cache(store, *torch.zeros(2, 1, 1, 1, 4))
-        sizes.append(store["kv"].size(3))
-    grown = sorted(set(sizes))
-    assert sizes[0] == 64 and all(b >= 2 * a for a, b in zip(grown, grown[1:]))
+        if store["kv"].size(3) != size:
+            size, copied = store["kv"].size(3), copied + n - 1
+        assert n <= size <= n + max(16, n // 16)
+    reads = sum(range(3001))  # attention reads all of them for each token
+    assert copied <= reads / 16
 
 
 def test_state_bytes_and_position():
@@ -440,9 +442,9 @@ def test_state_bytes_and_position():
         model(tokens(B=3, T=10), state=state)
         assert state.pos == 10
         bytes_per_position = 2 * 2 * 3 * 12 * 4  # layers, k and v, rows, width, float32
-        assert state.nbytes() == 64 * bytes_per_position
+        assert state.nbytes() == (10 + 16) * bytes_per_position
         model(tokens(B=3, T=1), state=state)
-    assert state.pos == 11 and state.nbytes() == 64 * bytes_per_position
+    assert state.pos == 11 and state.nbytes() == (10 + 16) * bytes_per_position
 
 
 def test_states_do_not_mix():
