@@ -1013,11 +1013,21 @@ def check_packages(cfg):
             raise ConfigError(f"--{package}_log needs the package {package}: pip install {package}")
 
 
+def machine(device):
+    """{"cpu", "cores", "threads", "gpu"}: what this process computes on."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
 def facts_of(trainer, dtype):
     """The contents of run.json."""
     return {
         "config": asdict(trainer.cfg), "model_args": asdict(trainer.config), "git_commit": git_commit(),
         "device": trainer.world.device, "dtype": dtype_name(dtype), "processes": trainer.world.size,
+        "data_id": trainer.data.id, "machine": machine(trainer.world.device),
         "parameters": trainer.model.num_params(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }  # fmt: skip
