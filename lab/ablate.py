@@ -45,6 +45,7 @@ import configurator
 from configurator import ROOT, ConfigError, check_values
 from data.corpus import DataError, load_meta
 from data.files import fcntl, replace_file
+from data.runs import STABLE
 from lab import bench, identity, measure, pictures, stats
 from lab.pictures import TIGHT, png, pyplot
 from model import GPT, GPTConfig
@@ -228,7 +229,7 @@ class Run:
     @property
     def measured(self):
         """What modules measured of themselves at the end: sparsity, link_density."""
-        known = {"iter", "tokens", "train_loss", "val_loss", "val_bpb"}
+        known = {"iter", "tokens", "train_loss", "val_loss", "val_bpb", "horizon"}
         return {k: v for k, v in self.evaluations[-1].items() if k not in known and "/" not in k}
 
 
@@ -389,7 +390,8 @@ def finish(run, status):
     run.read()
     if not run.is_done:
         return "stopped; the next call goes on with it"
-    (run.folder / "ckpt_last.pt").unlink(missing_ok=True)
+    for name in ("ckpt_last.pt", STABLE):
+        (run.folder / name).unlink(missing_ok=True)
     if run.seed:  # pictures need one checkpoint of a row
         (run.folder / "ckpt.pt").unlink(missing_ok=True)
     return f"val loss {run.loss:.4f}, {run.speed:,.0f} tokens/s"
