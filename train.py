@@ -36,6 +36,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -52,7 +53,7 @@ from configurator import ROOT, ConfigError, check_values
 from data.corpus import GPT2, GPT2_NAMES, DataError, first_ids, has_tokenizer, load_tokenizer, same_tokenizer, visible
 from data.dataset import TRAIN, TRAIN_LOSS, VAL_LOSS, TokenDataset
 from data.files import replace_file
-from data.runs import find_checkpoint, hold, keep_previous, open_metrics, prepare_out_dir
+from data.runs import STABLE, find_checkpoint, hold, keep_previous, open_metrics, prepare_out_dir
 from kernels.muon import Muon as Muon
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint, save_checkpoint
 
@@ -66,6 +67,7 @@ RANGES = {
     "beta1 beta2": "[0, 1)",
     "grad_clip": "[0, inf]",
     "wsd_decay_share": "(0, 1]",
+    "wsds_horizons": "[1, 16]",
 }
 
 MUON_RATES = {"matrices": "muon_lr", "embedding": "emb_lr", "head": "head_lr", "vectors": "scalar_lr"}
@@ -98,11 +100,12 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest gradient norm; 0 = no clipping
     # -- learning-rate schedule ---------------------------------------------------------------------------------------
     decay_lr: bool = True  # False = constant learning rate, without warm-up
-    lr_schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # after the warm-up; wsd: flat, then linear decay
+    lr_schedule: Literal["cosine", "constant", "wsd", "wsds"] = "cosine"  # wsd: flat, then linear decay; wsds: several
     warmup_iters: int = 2000  # linear warm-up steps
     lr_decay_iters: int | None = None  # where the decay ends; None = max_iters
     min_lr: float | None = None  # where it ends; None = learning_rate / 10
     wsd_decay_share: float = 0.2  # share of lr_decay_iters in which "wsd" decays
+    wsds_horizons: int = 3  # of "wsds": decays after each half, quarter, ... of the run too, then goes on from before
     # -- curriculum ---------------------------------------------------------------------------------------------------
     curriculum: Literal["", "length", "e7"] = ""  # none | sequences grow in seven stages | and the model's own stages
     curriculum_iters: int = 0  # optimiser steps of the seven stages; the last one stays
@@ -139,6 +142,8 @@ class TrainConfig:
             raise ValueError(f"min_lr={self.min_lr}: must be at most learning_rate={self.learning_rate}")
         if bool(self.curriculum) != (self.curriculum_iters >= 7):
             raise ValueError("curriculum and curriculum_iters (7 or more) go together: set both or neither")
+        if self.curriculum and self.decay_lr and self.lr_schedule == "wsds":
+            raise ValueError(f"curriculum={self.curriculum!r}: stages go on once, but wsds goes back after each decay")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,10 +494,66 @@ def model_of(init_from, dropout, data):
     return model
 
 
+@dataclass(frozen=True)
+class Period:
+    """
+    Of a "wsds" run, a part of its trunk and the decay that ends it: steps `first` to `end` of the run.
+
+    `branch`: the step at which the decay leaves the trunk. The weights after the last step have been trained for
+    `horizon` steps. The next period goes on from the weights at `branch`.
+    """
+
+    first: int
+    branch: int
+    end: int
+    horizon: int
+
+
+WSDS_SHARE = 0.1  # of a horizon, in which it decays
+
+
+def periods(cfg):
+    """The periods of a "wsds" run, [] under another schedule: their horizons double, and the last one ends the run."""
+    if not cfg.decay_lr or cfg.lr_schedule != "wsds":
+        return []
+    return periods_of(cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters, cfg.wsds_horizons)
+
+
+@cache
+def periods_of(steps, count):
+    shares = [0.5**k for k in range(count - 1, 0, -1)]
+    last = steps / (1 + WSDS_SHARE * sum(shares))
+    horizons = [h for h in (round(last * share) for share in shares) if h >= 2]
+    decays = [max(1, round(WSDS_SHARE * h)) for h in horizons]
+    horizons.append(steps - sum(decays))
+    decays.append(max(1, round(WSDS_SHARE * horizons[-1])))
+    found, first, trunk = [], 0, 0  # trunk: how many steps the weights at `first` were trained for
+    for horizon, decay in zip(horizons, decays):
+        branch = first + horizon - decay - trunk
+        found.append(Period(first, branch, branch + decay, horizon))
+        first, trunk = branch + decay, horizon - decay
+    return found
+
+
+def period_at(cfg, step):
+    """The period of a "wsds" run that a step belongs to; the last one for those after it."""
+    return next((period for period in periods(cfg) if step < period.end), periods(cfg)[-1])
+
+
+def steps_trained(cfg, step):
+    """How many steps the weights that `step` changes were trained for: fewer than `step` once "wsds" went back."""
+    if not periods(cfg):
+        return step
+    period = period_at(cfg, step)
+    return step - period.end + period.horizon
+
+
 def lr_at(cfg, step):
     """Learning rate of a step: linear warm-up, then cosine, constant or warm-up-stable-decay, then min_lr."""
     if not cfg.decay_lr:
         return cfg.learning_rate
+    if cfg.lr_schedule == "wsds":
+        return wsds_lr_at(cfg, step)
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
     if cfg.lr_schedule == "constant":
@@ -503,6 +564,16 @@ def lr_at(cfg, step):
     done = min(max((step - start) / (end - start), 0.0), 1.0) if end > start else float(step >= end)
     share = 0.5 * (1 + math.cos(math.pi * done)) if cfg.lr_schedule == "cosine" else 1 - done
     return low + share * (cfg.learning_rate - low)
+
+
+def wsds_lr_at(cfg, step):
+    """Linear warm-up, then flat; linear decay to min_lr at the end of each period."""
+    trained, low = steps_trained(cfg, step), cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
+    if trained < cfg.warmup_iters:
+        return cfg.learning_rate * (trained + 1) / (cfg.warmup_iters + 1)
+    period = period_at(cfg, step)
+    done = min(max((step - period.branch) / (period.end - period.branch), 0.0), 1.0)
+    return low + (1 - done) * (cfg.learning_rate - low)
 
 
 def seed_all(seed):
@@ -658,9 +729,11 @@ class Trainer:
     def step(self):
         """One optimiser step; returns this process's mean loss and the gradient norm, 0-d tensors on the device."""
         cfg, B, first = self.cfg, self.cfg.batch_size, self.world.rank * self.micro_steps
+        self.branch()
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak / cfg.learning_rate * lr_at(cfg, self.iter_num)
-        starts = self.data.windows(TRAIN, self.iter_num, self.sequences, self.config.block_size)
+        trained = steps_trained(cfg, self.iter_num)  # what a decay reads, the trunk reads again
+        starts = self.data.windows(TRAIN, trained, self.sequences, self.config.block_size)
         T, _ = curriculum(self.iter_num, self.config.block_size, cfg.curriculum_iters, cfg.curriculum)
         if cfg.curriculum == "e7":
             self.set_stage(self.iter_num)
@@ -681,12 +754,40 @@ class Trainer:
         self.iter_num += 1
         return total, norm
 
+    def branch(self):
+        """Under "wsds", before a step: keep the trunk where a decay leaves it, and go back to it after the decay."""
+        *earlier, _ = periods(self.cfg) or [None]
+        for period in earlier:
+            if self.iter_num == period.branch:
+                self.save(STABLE)
+            elif self.iter_num == period.end:
+                self.go_back(period.branch)
+
+    def go_back(self, step):
+        """Take weights, optimiser and random states from the checkpoint of `step`; the run's step count goes on."""
+        now, path = self.iter_num, Path(self.cfg.out_dir) / STABLE
+        checkpoint = load_checkpoint(path)
+        if checkpoint.get("iter_num") != step:
+            raise CheckpointError(f"{path}: expected the run at step {step}, from before its decay; start it again")
+        best, seen = self.best_val_loss, self.seen
+        self.model.load_state_dict(checkpoint["model"])
+        self.restore(checkpoint)
+        self.iter_num, self.best_val_loss, self.seen = now, best, seen
+
+    def horizon(self):
+        """Under "wsds", for how many steps the weights were trained if their decay has just ended; else None."""
+        return next((p.horizon for p in periods(self.cfg) if p.end == self.iter_num), None)
+
     def tokens(self, step):
-        """Tokens of all steps before `step`: what a resumed run had seen, and what this one adds."""
+        """Tokens of all steps before `step`: what a resumed run had seen, and what this one adds.
+
+        Under "wsds" those that the weights have seen, without the decays that were left again.
+        """
         cfg = self.cfg
+        trained = [steps_trained(cfg, s - 1) + 1 if s else 0 for s in (step, self.seen[0])]
         until = [
             tokens_before(s, self.sequences, self.config.block_size, cfg.curriculum_iters, cfg.curriculum)
-            for s in (step, self.seen[0])
+            for s in trained
         ]
         return self.seen[1] + until[0] - until[1]
 
@@ -784,7 +885,8 @@ class Trainer:
     def report(self, norm, seconds):
         """The values of a training line besides the loss; `seconds`: the time per step."""
         parts = self.model.losses if len(self.model.losses) > 1 else {}
-        tokens = self.tokens(self.iter_num) - self.tokens(self.iter_num - 1)
+        stage = self.cfg.curriculum_iters, self.cfg.curriculum
+        tokens = self.sequences * curriculum(self.iter_num - 1, self.config.block_size, *stage)[0]
         rate = tokens / seconds
         values = {k: v.item() for k, v in (parts | self.model.measures()).items()}
         values |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
@@ -850,7 +952,7 @@ class Log:
 
     def evaluation(self, step, values):
         self.metrics(step, values)
-        losses = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if k != "tokens" and "/" not in k)
+        losses = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if k not in ("tokens", "horizon") and "/" not in k)
         self.write_line(f"step {step}: {losses}")
 
     def write_line(self, text):
@@ -1026,11 +1128,21 @@ def check_packages(cfg):
             raise ConfigError(f"--{package}_log needs the package {package}: pip install {package}")
 
 
+def machine(device):
+    """{"cpu", "cores", "threads", "gpu"}: what this process computes on."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
 def facts_of(trainer, dtype):
     """The contents of run.json."""
     return {
         "config": asdict(trainer.cfg), "model_args": asdict(trainer.config), "git_commit": git_commit(),
         "device": trainer.world.device, "dtype": dtype_name(dtype), "processes": trainer.world.size,
+        "data_id": trainer.data.id, "machine": machine(trainer.world.device),
         "parameters": trainer.model.num_params(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }  # fmt: skip
@@ -1074,6 +1186,7 @@ def evaluate_and_log(trainer, log):
     i, results = trainer.iter_num, trainer.evaluate_and_save()
     if log:
         measured = {k: v.item() for k, v in trainer.model.measures().items()}
+        measured |= {"horizon": horizon} if (horizon := trainer.horizon()) else {}
         log.evaluation(i, {"tokens": trainer.tokens(i), **results, **measured, **trainer.alignment()})
 
 
@@ -1091,7 +1204,7 @@ def loop(trainer, log, tokenizer, stop):
     logged, clock = trainer.iter_num, time.perf_counter()
     while True:
         i, pause = trainer.iter_num, time.perf_counter()
-        if i % cfg.eval_interval == 0 or i >= cfg.max_iters:
+        if i % cfg.eval_interval == 0 or i >= cfg.max_iters or trainer.horizon():
             losses.fetch()  # nothing bad is saved
             try:
                 evaluate_and_log(trainer, log)

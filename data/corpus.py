@@ -415,17 +415,23 @@ def write_dataset(out_dir, train_text, val_text, tokenizer, name, source, sha256
         if len(ids[split]) < 2:
             raise DataError(f"{source}: {len(ids[split])} token(s) for the {split} split; a model needs more text")
     text_bytes = {split: len(utf8(text)) for split, text in texts.items()}
-    out_dir.mkdir(parents=True, exist_ok=True)
     files = {f"{split}.bin": to_bytes(ids[split], tokenizer.vocab_size) for split in ids}
     if isinstance(tokenizer, SentencePiece):
         files["tokenizer.model"] = tokenizer.model
+    tokens = {split: len(ids[split]) for split in ids}
+    return replace_dataset(out_dir, files, make_meta(name, tokenizer, tokens, text_bytes, source, sha256))
+
+
+def replace_dataset(out_dir, files, meta):
+    """Put files, {name: bytes}, and meta.json in place of what is in `out_dir`; returns `meta` as it was written."""
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
     with preparing(out_dir):
         staged = {out_dir / name: stage(out_dir / name, data) for name, data in files.items()}  # may fill the disk
         begin_replacing(out_dir)
         for file, tmp in staged.items():
             os.replace(tmp, file)
-        tokens = {split: len(ids[split]) for split in ids}
-        return write_meta(out_dir, make_meta(name, tokenizer, tokens, text_bytes, source, sha256))
+        return write_meta(out_dir, meta)
 
 
 def preparing(out_dir):
@@ -524,6 +530,8 @@ def open_split(folder, split, meta):
 
     `meta` is load_meta's. A missing, empty or wrongly sized file is a DataError with the command to run.
     """
+    if split not in ("train", "val"):
+        raise DataError(f"{folder}/{split}.bin is sealed: only python -m lab.trial --reveal opens it, and says so")
     file = Path(folder) / f"{split}.bin"
     if not is_file(file):
         what = file if Path(folder).is_dir() else f"data directory {folder}"

@@ -15,7 +15,8 @@ from configurator import ConfigError
 from data.files import is_alive, is_file, locked, replace_file
 
 CHECKPOINTS = ("ckpt.pt", "ckpt_last.pt")
-RUN_FILES = (*CHECKPOINTS, "ckpt.pt.bak", "ckpt_last.pt.bak", "metrics.jsonl", "metrics.jsonl.bak", "run.json")
+STABLE = "ckpt_stable.pt"  # of a run with several horizons: where its last decay left the trunk
+RUN_FILES = (*CHECKPOINTS, STABLE, "ckpt.pt.bak", "ckpt_last.pt.bak", "metrics.jsonl", "metrics.jsonl.bak", "run.json")
 RUN_FILES += ("tensorboard", "wandb")
 
 

@@ -14,6 +14,10 @@ runs to docs/results/NAME.jsonl (NAME: OUT_DIR without out-), which is committed
 settings counts as finished too, so that a comparison can be spread over days and machines. Another recipe, with commas
 between its files (--recipe=config/train_shakespeare_char_cpu.py,config/block_512.py), needs its own --out_dir.
 
+Records say what made them: the code of the row's model and of the training loop, data, machine, versions. --report
+refuses to compare records of different sources, or from before sources were recorded, unless --mix is given, which the
+tables then say.
+
 --tune trains each row at its own best learning rate: with seed 0 at the recipe's rate, at 1.5 times and at 1/1.5 of
 it, and further until a lower and a higher rate are worse than the best one; then with the other seeds at that one.
 """
@@ -23,7 +27,6 @@ import html
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import signal
@@ -40,8 +43,10 @@ import numpy as np
 
 import configurator
 from configurator import ROOT, ConfigError, check_values
+from data.corpus import DataError, load_meta
 from data.files import fcntl, replace_file
-from lab import bench, measure, pictures
+from data.runs import STABLE
+from lab import bench, identity, measure, pictures, stats
 from lab.pictures import TIGHT, png, pyplot
 from model import GPT, GPTConfig
 from train import TrainConfig
@@ -62,6 +67,7 @@ class AblateConfig:
     out_dir: str = "out-ablation"  # where runs lie
     time: bool = False  # measure the steps of finished rows that were not measured yet, and train nothing
     report: bool = False  # write the results of finished runs, and train nothing
+    mix: bool = False  # compare records of different sources too, which the report then says
     pictures: bool = False  # draw ideas from checkpoints, and train nothing
     docs: str = "docs"  # where --report and --pictures write: results.md, a page named as out_dir, img/, results/
 
@@ -167,11 +173,18 @@ class Run:
     def record(self):
         """A line for the records: what was asked, what was built, what came out."""
         facts = {"config": {"max_iters": self.facts["config"]["max_iters"]}, "model_args": self.changed_args}
-        facts |= {
-            name: self.facts[name] for name in ("parameters", "git_commit", "device", "dtype") if name in self.facts
-        }
+        kept = ("parameters", "git_commit", "device", "dtype", "data_id", "machine", "versions")
+        facts |= {name: self.facts[name] for name in kept if name in self.facts}
+        facts |= {"wall_s": wall} if (wall := self.wall_s) is not None else {}
         steps = [{"tokens_per_s": round(self.speed, 1), "memory_mb": self.memory_mb}]
         return {"asked": self.asked, "facts": facts, "evaluations": self.evaluations, "steps": steps}
+
+    @property
+    def wall_s(self):
+        """Seconds that processes of train.py took for it; None where that was not recorded."""
+        if "wall_s" in self.facts:
+            return self.facts["wall_s"]
+        return (read_json(self.folder / "wall.json") or {}).get("seconds")
 
     @property
     def changed_args(self):
@@ -216,7 +229,7 @@ class Run:
     @property
     def measured(self):
         """What modules measured of themselves at the end: sparsity, link_density."""
-        known = {"iter", "tokens", "train_loss", "val_loss", "val_bpb"}
+        known = {"iter", "tokens", "train_loss", "val_loss", "val_bpb", "horizon"}
         return {k: v for k, v in self.evaluations[-1].items() if k not in known and "/" not in k}
 
 
@@ -320,8 +333,21 @@ def prepare(cfg, config, row, lr, seed):
     if not run.is_done:
         run.asked = {"row": row, "config": config, "text": text_of(config), "flags": words,
                      "settings": settings, "seed": seed, "learning_rate": lr, "recipe": cfg.recipes,
-                     "jobs": cfg.jobs, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}  # fmt: skip
+                     "jobs": cfg.jobs, "source": None}  # fmt: skip
     return run
+
+
+def source_of(words):
+    """What a run of these words that starts now is made by; None for words that train.py itself will refuse."""
+    try:
+        settings = configurator.read(words, TrainConfig, GPTConfig)
+        cfg = settings.build(TrainConfig)
+        vocab_size = load_meta((Path(cfg.data_dir) if cfg.data_dir else ROOT / "data") / cfg.dataset).get("vocab_size")
+        given = "vocab_size" in settings.given or vocab_size is None
+        config = settings.build(GPTConfig, **({} if given else {"vocab_size": vocab_size}))
+    except (ConfigError, DataError):
+        return None
+    return identity.source(config, cfg.optimizer)
 
 
 def text_of(config):
@@ -340,8 +366,12 @@ def start(cfg, run):
         except BlockingIOError:
             return None
         (run.folder / "failed.json").unlink(missing_ok=True)
+        before = (read_json(run.folder / "ablate.json") or {}).get("source")
+        run.asked["source"] = source_of(run.asked["flags"])
         replace_file(run.folder / "ablate.json", (json.dumps(run.asked, indent=2) + "\n").encode())
-        words = [*run.asked["flags"], f"--out_dir={run.folder}", "--init_from=auto"]  # auto: resume where it can
+        how = "auto" if before == run.asked["source"] else "scratch"  # what other code began would be of two sources
+        words = [*run.asked["flags"], f"--out_dir={run.folder}", f"--init_from={how}"]
+        run.began = time.monotonic()
         return Popen(
             [sys.executable, str(ROOT / "train.py"), *words], stdin=DEVNULL, stdout=log, stderr=log,
             env=os.environ | ({"OMP_NUM_THREADS": "1"} if cfg.jobs > 1 else {}), pass_fds=(lock.fileno(),),
@@ -350,6 +380,8 @@ def start(cfg, run):
 
 def finish(run, status):
     """Read what an ended process left: mark a failure, delete what a success does not need. Returns a line on it."""
+    wall = (read_json(run.folder / "wall.json") or {"seconds": 0.0})["seconds"] + time.monotonic() - run.began
+    replace_file(run.folder / "wall.json", json.dumps({"seconds": round(wall, 1)}).encode())
     if status:
         last = (run.folder / "train.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         why = f"killed by signal {-status}" if status < 0 else (last or ["no output"])[0]
@@ -358,7 +390,8 @@ def finish(run, status):
     run.read()
     if not run.is_done:
         return "stopped; the next call goes on with it"
-    (run.folder / "ckpt_last.pt").unlink(missing_ok=True)
+    for name in ("ckpt_last.pt", STABLE):
+        (run.folder / name).unlink(missing_ok=True)
     if run.seed:  # pictures need one checkpoint of a row
         (run.folder / "ckpt.pt").unlink(missing_ok=True)
     return f"val loss {run.loss:.4f}, {run.speed:,.0f} tokens/s"
@@ -470,25 +503,38 @@ def train_rows(cfg, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics: mean and standard deviation over seeds, and the difference to the baseline with a 95 % interval.
 
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 1 to 10 degrees
+LEAST_SEEDS = 3  # for a verdict
+SCREEN_Q = 0.1  # share of false ones among what a screening calls different
 
 
 @dataclass
 class Difference:
-    """Mean loss minus the baseline's, +- half; kind "paired", "Welch", or "one seed", which has no interval."""
+    """Mean loss minus the baseline's, +- half; kind "paired", "Welch", or "one seed", which has no interval.
+
+    p: two-sided; n: pairs, or seeds of the smaller group.
+    """
 
     mean: float
     half: float | None
     kind: str
+    p: float | None = None
+    n: int = 1
 
     def __str__(self):
         return f"{self.mean:+.4f}" + ("" if self.half is None else f" ± {self.half:.4f}")
 
     @property
+    def is_judged(self):
+        """Whether there are seeds enough for a verdict."""
+        return self.half is not None and self.n >= LEAST_SEEDS
+
+    @property
     def verdict(self):
-        """better or worse, with the kind of interval that says so."""
+        """better or worse, with the kind of interval that says so; of three seeds or more."""
         if self.half is None:
             return self.kind
+        if not self.is_judged:
+            return f"{self.n} seeds"
         return "" if abs(self.mean) <= self.half else ("better" if self.mean < 0 else "worse") + f" ({self.kind})"
 
 
@@ -497,17 +543,43 @@ def difference(losses, base):
     interval."""
     common = sorted(losses.keys() & base.keys())
     if len(common) >= 2:
-        each = [losses[seed] - base[seed] for seed in common]
-        error, freedom = statistics.stdev(each) / math.sqrt(len(each)), len(each) - 1
-        return Difference(statistics.fmean(each), T_975[min(freedom, 10) - 1] * error, "paired")
-    mean = statistics.fmean(losses.values()) - statistics.fmean(base.values())
-    if min(len(losses), len(base)) < 2:
-        return Difference(mean, None, "one seed")
-    parts = [(statistics.variance(x.values()) / len(x), len(x)) for x in (losses, base)]
-    error = sum(part for part, _ in parts)
-    spread = sum(part**2 / (n - 1) for part, n in parts)
-    freedom = error**2 / spread if spread else sum(n - 1 for _, n in parts)
-    return Difference(mean, T_975[min(int(freedom), 10) - 1] * math.sqrt(error), "Welch")
+        found = stats.paired([losses[seed] for seed in common], [base[seed] for seed in common])
+        kind, n = "paired", len(common)
+    elif min(len(losses), len(base)) >= 2:
+        found, kind = stats.welch(list(losses.values()), list(base.values())), "Welch"
+        n = min(len(losses), len(base))
+    else:
+        return Difference(statistics.fmean(losses.values()) - statistics.fmean(base.values()), None, "one seed")
+    mean, low, high, p = found
+    return Difference(mean, (high - low) / 2, kind, p, n)
+
+
+def family(gaps):
+    """{row: {"holm", "bh", "verdict"}} of a family of comparisons {row: Difference}, those of three seeds or more.
+
+    "better" and "worse" need Holm's p below 0.05: any false one in the table is then that unlikely. "screened" ones
+    pass Benjamini and Hochberg's q of 0.1 alone: worth more seeds, no result.
+    """
+    judged = [row for row, gap in gaps.items() if gap.is_judged]
+    ps = [gaps[row].p for row in judged]
+    found = {}
+    for row, holm, bh in zip(judged, stats.holm(ps), stats.benjamini_hochberg(ps)):
+        side = "better" if gaps[row].mean < 0 else "worse"
+        verdict = side if holm < 0.05 else f"screened: {side}" if bh <= SCREEN_Q else ""
+        found[row] = {"holm": holm, "bh": bh, "verdict": verdict}
+    return found
+
+
+def smallest_effect(gaps):
+    """A sentence on what a table of {row: Difference} could tell from nothing."""
+    halves = [gap.half for gap in gaps.values() if gap.is_judged]
+    if not halves:
+        return "No row has the three seeds that a verdict needs."
+    return (
+        f"Smallest effect that this table could see: {statistics.median(halves):.4f} nats (the median half-width of "
+        f"the 95 % intervals of its {len(halves)} rows with three seeds or more, {min(halves):.4f} to "
+        f"{max(halves):.4f})."
+    )
 
 
 def mean_std(values):
@@ -548,28 +620,42 @@ def flops(model_args):
     return GPT(GPTConfig(**args)).flops_per_token()
 
 
+def gaps_of(rows):
+    """{row: Difference to the baseline} of a column; {} without a baseline."""
+    base = {run.seed: run.loss for run in rows.get(BASELINE, [])}
+    others = {row: {run.seed: run.loss for run in runs} for row, runs in rows.items() if row != BASELINE}
+    return {row: difference(losses, base) for row, losses in others.items()} if base else {}
+
+
 def quality(rows, found=None):
     """The table of losses in a column, best first; found: for "tuned", `best_rates`."""
-    base = {run.seed: run.loss for run in rows.get(BASELINE, [])}
-    table = []
+    gaps, table = gaps_of(rows), []
+    judged = family(gaps)
     for row, runs in rows.items():
-        losses = {run.seed: run.loss for run in runs}
-        gap = difference(losses, base) if base and row != BASELINE else None
+        gap, corrected = gaps.get(row), judged.get(row)
+        losses = [run.loss for run in runs]
         bpb = [run.evaluations[-1]["val_bpb"] for run in runs if "val_bpb" in run.evaluations[-1]]
-        cells = {"row": (row, row), "val loss": (mean_std(losses.values()), statistics.fmean(losses.values()))}
+        cells = {"row": (row, row), "val loss": (mean_std(losses), statistics.fmean(losses))}
         if found is not None:
-            cells["lr"] = (f"{runs[0].lr:g}" + edge_mark(found[row]), runs[0].lr)
+            cells["lr"] = (f"{runs[0].lr:g}", runs[0].lr)
+            cells["rate"] = (bracket(found[row]), bracket(found[row]))
+        verdict = corrected["verdict"] if corrected else gap.verdict if gap else ""
         cells["to baseline"] = (str(gap), gap.mean) if gap else ("", 0.0)
-        cells["verdict"] = (gap.verdict, gap.verdict) if gap else ("", "")
+        cells["verdict"] = (verdict, verdict)
+        for name in ("holm", "bh"):
+            cells[CORRECTIONS[name]] = (f"{corrected[name]:.3f}", corrected[name]) if corrected else ("", None)
         cells["bits per byte"] = (f"{statistics.fmean(bpb):.4f}", statistics.fmean(bpb)) if bpb else ("", None)
         cells["seeds"] = (str(len(runs)), len(runs))
         table.append(cells)
     return sorted(table, key=lambda cells: cells["val loss"][1])
 
 
-def edge_mark(found):
-    """* where no lower or no higher learning rate was found worse: a better one may lie outside."""
-    return "" if found["is_bracketed"] else "*"
+CORRECTIONS = {"holm": "Holm p", "bh": "BH q"}
+
+
+def bracket(found):
+    """Whether a row's best rate is tuned: without a worse one on both sides, a better one may lie outside."""
+    return "tuned" if found["is_bracketed"] else "unbracketed"
 
 
 def costs(rows, timings):
@@ -647,7 +733,7 @@ def markdown(table):
 
 
 def describe(cfg, runs):
-    """Sentences on what was run: recipe, steps, seeds, machine, commits."""
+    """Sentences on what was run: recipe, steps, seeds, machine, commits; and on what --mix mixed."""
     done = [run for run in runs if run.is_done]
     steps = sorted({run.facts["config"]["max_iters"] for run in done})
     recipes = sorted({" ".join(run.asked["recipe"]) for run in done})
@@ -655,8 +741,8 @@ def describe(cfg, runs):
         raise ConfigError(f"{cfg.out_dir} holds runs of {recipes} with {steps} steps: give each its own --out_dir")
     commits = Counter((run.facts["git_commit"] or "none")[:7] + "+" * str(run.facts["git_commit"]).endswith("+")
                       for run in done)  # fmt: skip
-    devices = [run.facts.get("device", "cpu") for run in done]
-    machines = sorted({run.asked["machine"] + f", {on}" * (on != "cpu") for run, on in zip(done, devices)})
+    mixed = identity.check_same(done, cfg.mix, cfg.out_dir)
+    machines = sorted(set(map(machine_of, done)))
     jobs, seeds = sorted({run.asked["jobs"] for run in done}), sorted({run.seed for run in done})
     flag, formats = rate_flag(recipes[0].split()), sorted({run.facts.get("dtype", "not recorded") for run in done})
     return (
@@ -668,9 +754,27 @@ def describe(cfg, runs):
         "and flags are on the page; several at once: `python -m lab.ablate CONFIG ... --seeds=N --learning_rates=LR`. "
         "Loss: nats per token on the whole val split after the last step, mean ± standard deviation over seeds. "
         "The difference to the baseline of the same column has a 95 % t interval, paired by seed where two or more "
-        "seeds are common, else Welch's; \"better\" and \"worse\" say that it leaves out 0, which one comparison in "
-        "twenty does by chance."
+        "seeds are common, else Welch's. Verdicts need three seeds: \"better\" and \"worse\" a p below 0.05 by Holm's "
+        "correction over the table, \"screened\" a q of 0.1 or less by Benjamini and Hochberg's, which asks for more "
+        "seeds and is no result."
+        + f" {mixed}" * bool(mixed)
     )  # fmt: skip
+
+
+def machine_of(run):
+    """Where a run was trained, in words; old records have a text of fewer words."""
+    on = run.facts.get("device", "cpu")
+    found = run.facts.get("machine")
+    if found is None:
+        words = [run.asked.get("machine", "not recorded")]
+    else:
+        words = [
+            found["cpu"],
+            f"{found['cores']} cores",
+            f"{found['threads']} thread(s)",
+            *filter(None, [found["gpu"]]),
+        ]
+    return ", ".join(words + [on] * (on != "cpu"))
 
 
 def sections(cfg, runs):
@@ -686,9 +790,15 @@ def sections(cfg, runs):
             remark = (
                 "Each row at its best learning rate by mean loss, of those with the row's most seeds. Tried: "
                 + "; ".join(f"{row} {', '.join(f'{lr:g}' for lr in rates)}" for row, rates in searched.items())
-                + ". *: not bracketed, that is no lower or no higher rate was found worse."
+                + ". *unbracketed*: no lower or no higher rate was found worse, so a better one may lie outside. "
             )
-        parts.append((f"Loss, {name}", remark, quality(rows, found if name == "tuned" else None)))
+        parts.append(
+            (
+                f"Loss, {name}",
+                remark + smallest_effect(gaps_of(rows)),
+                quality(rows, found if name == "tuned" else None),
+            )
+        )
     name, rows = list(columns.items())[-1]
     timings = read_json(cfg.timings) or {}
     remark = (
@@ -700,7 +810,8 @@ def sections(cfg, runs):
     parts.append(("Cost", remark, costs(every, timings)))
     if BASELINE in rows:
         alike = quality(matched(rows), found if name == "tuned" else None)
-        parts.append((f"Matched parameters, {name}", "Rows within 5 % of the baseline's parameters.", alike))
+        seen = smallest_effect(gaps_of(matched(rows)))
+        parts.append((f"Matched parameters, {name}", f"Rows within 5 % of the baseline's parameters. {seen}", alike))
         remark = (
             "Loss after the time that the baseline needs to its end, by the speeds above, between evaluations by "
             "straight lines. A slower row is cut off before its learning rate has decayed; a schedule of that length "

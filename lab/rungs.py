@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
+from lab import identity
 from lab.ablate import BASELINE, AblateConfig, columns_of, difference, find_runs, markdown, write_between_marks
 
 RUNGS = {"M0": "out-ablation", "M1": "out-modern", "M2": "out-modern-muon"}
@@ -39,6 +40,7 @@ class RungsConfig:
     # -- rungs --------------------------------------------------------------------------------------------------------
     docs: str = "docs"  # where results/ and results.md lie
     readme: str = "README.md"  # the other page
+    mix: bool = False  # compare records of different sources too, which the table then says
 
 
 def tuned_rows(docs, out_dir):
@@ -46,6 +48,15 @@ def tuned_rows(docs, out_dir):
     cfg = AblateConfig(out_dir=out_dir, docs=docs, learning_rates="1e-3,3e-3" if out_dir == RUNGS["M0"] else "")
     columns = columns_of(cfg, find_runs(cfg))
     return columns.get("tuned") or list(columns.values())[-1]
+
+
+def mixtures_of(rungs, mix):
+    """A sentence on the rungs whose records are of different sources; ConfigError where there are any, unless `mix`."""
+    found = {
+        rung: identity.check_same([run for runs in rows.values() for run in runs], mix, RUNGS[rung])
+        for rung, rows in rungs.items()
+    }
+    return " ".join(f"{rung}: {told}" for rung, told in found.items() if told)
 
 
 def losses(runs):
@@ -163,7 +174,8 @@ def main(argv=None):
         words = sys.argv[1:] if argv is None else argv
         cfg = configurator.read(words, RungsConfig, doc=__doc__).build(RungsConfig)
         rungs = {rung: tuned_rows(cfg.docs, out_dir) for rung, out_dir in RUNGS.items()}
-        text = describe(rungs) + "\n\n" + markdown(table(rungs))
+        mixed = mixtures_of(rungs, cfg.mix)
+        text = f"{describe(rungs)} {mixed}".rstrip() + "\n\n" + markdown(table(rungs))
         more = {PARTS_ARE: parts_table(rungs), SEARCH_IS: search_table(rungs)}
         more = "".join(f"\n\n{title}\n\n{markdown(lines)}" for title, lines in more.items() if lines)
         for page, content in ((Path(cfg.readme), text), (Path(cfg.docs) / "results.md", text + more)):

@@ -19,7 +19,7 @@ from scipy import stats
 from configurator import ConfigError
 from helpers import ROOT, run_here as train_here
 from lab import ablate
-from lab.ablate import T_975, AblateConfig, Difference, Run, difference, find_runs, front
+from lab.ablate import AblateConfig, Difference, Run, difference, find_runs, front
 
 pytestmark = pytest.mark.slow
 
@@ -128,6 +128,8 @@ def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process, monkeypatch
     assert len({run.loss for run in runs}) == 4
     for run in runs:
         assert run.facts["config"]["eval_full"] and run.asked["settings"]["seed"] == run.facts["config"]["seed"]
+        assert run.asked["source"]["of"] == "its specialised file" and run.wall_s > 0
+        assert run.facts["machine"].keys() == {"cpu", "cores", "threads", "gpu"} and len(run.facts["data_id"]) == 64
         assert run.asked["text"] == (tmp_path / f"{run.row}.py").read_text() and "git_commit" in run.facts
         assert (run.folder / "ckpt.pt").exists() == (run.seed == 0) and not (run.folder / "ckpt_last.pt").exists()
 
@@ -155,7 +157,7 @@ def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process, monkeypatch
         assert table[row]["val loss"] == f"{sum(values) / 2:.4f} ± {spread:.4f}"
         assert table[row]["seeds"] == "2"
     gaps = [a - b for a, b in zip(loss["relu2"], loss["baseline"])]
-    half = 12.706 * abs(gaps[0] - gaps[1]) / 2  # stdev = |difference| / sqrt 2, over sqrt 2
+    half = stats.t.ppf(0.975, 1) * abs(gaps[0] - gaps[1]) / 2  # stdev = |difference| / sqrt 2, over sqrt 2
     assert table["relu2"]["to baseline"] == f"{sum(gaps) / 2:+.4f} ± {half:.4f}"
     bits = statistics.fmean(loss["baseline"]) / math.log(2)
     assert math.isclose(float(table["baseline"]["bits per byte"]), bits, abs_tol=6e-5)  # a character is a byte
@@ -208,7 +210,8 @@ def test_tuned_column(recipe, tmp_path, in_process):
     assert run_here("--report", "--learning_rates=0.1", f"--out_dir={out}", f"--docs={docs}") == 0
     text = (docs / "results.md").read_text()
     assert re.findall(r"^### Loss, (.*)$", text, re.MULTILINE) == ["lr 0.1", "tuned"]
-    assert table_under(text, "Loss, tuned")["bias"]["lr"] == f"{best:g}"  # no *: bracketed
+    tuned = table_under(text, "Loss, tuned")["bias"]
+    assert (tuned["lr"], tuned["rate"], tuned["verdict"]) == (f"{best:g}", "tuned", "2 seeds")
     losses = [Run(out / "bias" / f"lr{best:g}-seed{seed}").loss for seed in (0, 1)]
     assert table_under(text, "Loss, tuned")["bias"]["val loss"].startswith(f"{statistics.fmean(losses):.4f}")
 
@@ -251,10 +254,10 @@ def test_a_rate_is_bracketed_by_worse_ones_on_the_same_seeds():
     """Seed 1 is a bad draw: the best rate's mean of two seeds must not be held against one lucky seed of another."""
     runs = [Done("a", 2e-3, 1.9), Done("a", 2e-3, 2.5, 1), Done("a", 1e-3, 2.0), Done("a", 3e-3, 1.95)]
     found = ablate.best_rates(runs)["a"]
-    assert found["lr"] == 2e-3 and found["is_bracketed"] and ablate.edge_mark(found) == ""
+    assert found["lr"] == 2e-3 and found["is_bracketed"] and ablate.bracket(found) == "tuned"
     for lower_or_higher in (runs[:3], [*runs[:2], runs[3]], [*runs[:3], Done("a", 3e-3, 1.8)]):
         found = ablate.best_rates(lower_or_higher)["a"]
-        assert found["lr"] == 2e-3 and ablate.edge_mark(found) == "*"
+        assert found["lr"] == 2e-3 and ablate.bracket(found) == "unbracketed"
 
 
 def test_speeds_are_measured_or_all_are_logged():
@@ -326,8 +329,26 @@ def test_a_killed_run_goes_on_where_it_was(recipe, tmp_path, capsys):
     resumed = Run(folder)
     assert resumed.is_done and resumed.evaluations[-1]["iter"] == steps
     assert [line["iter"] for line in resumed.evaluations] == list(range(0, steps + 1, 100))
+    assert resumed.asked["source"] == stopped.asked["source"]
     kept = {line["iter"]: line["tokens_per_s"] for line in stopped.steps if line["iter"] < 200}
     assert kept and kept.items() <= {line["iter"]: line["tokens_per_s"] for line in resumed.steps}.items()  # not redone
+
+
+def test_what_other_code_began_starts_again(recipe, tmp_path, in_process):
+    """Half a run of one model.py and half of another would be a result of neither."""
+    rows, out = [config(tmp_path, "baseline")], tmp_path / "out-changed"
+    words = [*rows, f"--recipe={recipe(6, interval=2)}", "--seeds=1", f"--out_dir={out}"]
+    folder = out / "baseline/lr0.001-seed0"
+    assert run_here(*words) == 0
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "ckpt.pt").rename(folder / "ckpt_last.pt")
+    (folder / "metrics.jsonl").write_text("\n".join(lines[:3]) + "\n")  # as if it had been stopped
+    asked = json.loads((folder / "ablate.json").read_text())
+    (folder / "ablate.json").write_text(json.dumps(asked | {"source": asked["source"] | {"model": "older"}}))
+    assert run_here(*words) == 0
+    again = Run(folder)
+    assert again.is_done and again.asked["source"] == asked["source"]
+    assert again.evaluations[0]["iter"] == 0 and (folder / "previous-1/ckpt_last.pt").exists()
 
 
 def test_a_row_by_its_flags_alone(recipe, tmp_path, capsys, in_process):
@@ -378,10 +399,6 @@ def test_mistakes_are_told_in_one_line(words, said, capsys):
     assert run_here(*words) == 2
     error = capsys.readouterr().err
     assert error.startswith("lab.ablate: error: ") and said in error and error.count("\n") == 1
-
-
-def test_t_quantiles():
-    assert all(abs(t - stats.t.ppf(0.975, n)) < 6e-4 for n, t in enumerate(T_975, 1))
 
 
 def test_difference():

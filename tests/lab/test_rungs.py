@@ -39,7 +39,7 @@ def docs(tmp_path, monkeypatch):
 def test_the_table(docs, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("# top\n\n<!-- rungs:start -->\nold\n<!-- rungs:end -->\n\nend\n")
-    rungs.main([f"--docs={docs}", f"--readme={readme}"])
+    rungs.main([f"--docs={docs}", f"--readme={readme}", "--mix"])
     text = readme.read_text()
     assert text.startswith("# top") and text.endswith("end\n") and "old" not in text
     assert "M0 2.002 (3 seeds, learning rate 0.001)" in text and "M2 1.802" in text

@@ -1,0 +1,11 @@
+"""Makes data/code: Python files of the installed packages that constraints.txt pins, as bytes, 40 MB at most."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, from any working directory
+
+from data import domains  # noqa: E402
+
+if __name__ == "__main__":
+    domains.prepare(__file__, domains.python_files, __doc__)
