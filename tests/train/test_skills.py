@@ -1,12 +1,22 @@
 """Synthetic skills: each generator against a solver that knows only the rules of its task, and as data for train.py."""
 
 import itertools
+import shutil
+from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
-from data.skills import tasks
+from data.corpus import DataError
+from data.dataset import TRAIN, RowDataset, has_rows
+from data.skills import prepare, tasks
 from data.skills.tasks import TASKS
+from helpers import TIMING, TINY, error_of, flags, history, run_here, same
+from model import GPT, load_checkpoint
+from train import TrainConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Solvers: a row of tokens in, {position: answer} out. They share nothing with the generators.
@@ -215,3 +225,116 @@ def test_a_task_names_its_settings():
     assert tasks.setting_of("parity", T=5) == {"T": 5}
     with pytest.raises(ValueError, match="parity has no setting n; it has T"):
         tasks.setting_of("parity", n=5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a data set.
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A prepared folder DATA_DIR/skills/mqar of small rows."""
+    folder = tmp_path_factory.mktemp("data") / "skills" / "mqar"
+    prepare.main(["mqar", "--vocab_size=32", "--T=16", "--n=2", "--rows=50", "--val_rows=9", f"--out_dir={folder}"])
+    return folder
+
+
+def run_flags(rows, out, **given):
+    return flags(rows, out, **{"data_dir": rows.parents[1], "dataset": "skills/mqar", **given})
+
+
+def config_of(rows, **given):
+    values = {"data_dir": str(rows.parents[1]), "dataset": "skills/mqar"}
+    return TrainConfig(**values | given)
+
+
+def test_rows_are_read_whole_with_their_own_targets(rows):
+    cfg = config_of(rows)
+    assert has_rows(cfg)
+    data = RowDataset(cfg)
+    data.check(16, 32)
+    rng = np.random.default_rng(0)
+    made = {split: TASKS["mqar"](rng, n, vocab_size=32, T=16, n=2) for split, n in (("train", 50), ("val", 9))}
+    config = SimpleNamespace(block_size=16, vocab_size=32)
+    starts = data.windows(TRAIN, 3, 200, 16)
+    assert set(starts) <= set(range(0, 800, 16)) and len(set(starts)) > 40
+    assert (starts == data.windows(TRAIN, 3, 200, 16)).all() and (starts != data.windows(TRAIN, 4, 200, 16)).any()
+    x, y = data.batch("train", starts, config, "cpu")
+    idx, targets = made["train"]
+    assert (x.numpy() == idx[starts // 16]).all() and (y.numpy() == targets[starts // 16]).all()
+    shares = [list(data.val_windows(2, config, "cpu", rank, 2)) for rank in (0, 1)]
+    assert [len(x) for x, _ in shares[0]] == [2, 2, 1] and [len(x) for x, _ in shares[1]] == [2, 2]
+    seen = sorted(row for share in shares for x, _ in share for row in x.tolist())
+    assert seen == sorted(made["val"][0].tolist())
+
+
+def test_training_measures_accuracy_and_takes_its_sizes_from_the_rows(rows, tmp_path):
+    given = {k: v for k, v in TINY.items() if k != "block_size"}
+    given |= {"data_dir": rows.parents[1], "dataset": "skills/mqar", "out_dir": tmp_path}
+    words = [f"--{k}={v}" for k, v in given.items()]
+    assert run_here(*words, "--eval_full=True") == 0
+    last = [line for line in history(tmp_path) if "val_loss" in line][-1]
+    model = GPT.from_checkpoint(load_checkpoint(tmp_path / "ckpt_last.pt")).eval()
+    assert (model.config.block_size, model.config.vocab_size) == (16, 32) and "val_bpb" not in last
+    rng = np.random.default_rng(0)
+    TASKS["mqar"](rng, 50, vocab_size=32, T=16, n=2)
+    x, y = (torch.from_numpy(part) for part in TASKS["mqar"](rng, 9, vocab_size=32, T=16, n=2))
+    with torch.no_grad():
+        logits = model(x, y)[0]
+    asked = y >= 0
+    assert last["val_loss"] == pytest.approx(F.cross_entropy(logits[asked], y[asked]).item(), abs=1e-5)
+    assert last["val_accuracy"] == (logits.argmax(-1)[asked] == y[asked]).double().mean().item()
+
+
+def test_resuming_is_exact(rows, tmp_path):
+    assert run_here(*run_flags(rows, tmp_path / "a", max_iters=6)) == 0
+    assert run_here(*run_flags(rows, tmp_path / "b", max_iters=3, lr_decay_iters=6)) == 0
+    assert run_here(f"--out_dir={tmp_path / 'b'}", "--init_from=resume", "--max_iters=6", "--lr_decay_iters=6") == 0
+    assert history(tmp_path / "a", TIMING)[-1] == history(tmp_path / "b", TIMING)[-1]
+    a, b = (load_checkpoint(tmp_path / name / "ckpt_last.pt") for name in "ab")
+    assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({"block_size": 8}, "rows of 16 tokens, not 8; set --block_size=16"),
+        ({"curriculum": "length", "curriculum_iters": 7}, "--curriculum would cut"),
+        ({"dataset": "skills/parity"}, "run python data/skills/prepare.py parity --out_dir="),
+        ({"sample_interval": 1}, "names the tokenizer 'skills/mqar'"),
+    ],
+)
+def test_train_refuses_in_one_line(rows, tmp_path, given, told, capsys):
+    assert run_here(*run_flags(rows, tmp_path, **given)) == 2
+    assert told in error_of(capsys)
+
+
+@pytest.mark.parametrize("damage, told", [
+    (lambda f: f.write_bytes(f.read_bytes()[:-4]), "one target per token"),
+    (lambda f: f.write_bytes(bytes(4) + f.read_bytes()[4:]), "is not what meta.json was written for"),
+    (lambda f: f.unlink(), "train_targets.bin"),
+])  # fmt: skip
+def test_damaged_targets_are_refused(rows, tmp_path, damage, told):
+    folder = tmp_path / "skills" / "mqar"
+    shutil.copytree(rows, folder)
+    damage(folder / "train_targets.bin")
+    with pytest.raises(DataError, match=told):
+        RowDataset(config_of(folder))
+
+
+@pytest.mark.parametrize("words, told", [
+    (["mqra"], "expected a task first, one of mqar"),
+    (["parity", "--n=3"], "parity has no setting n"),
+    (["mqar", "--n=60"], "T of at least 240"),
+    (["mqar", "--rows=0"], "rows=0"),
+])  # fmt: skip
+def test_prepare_refuses_in_one_line(words, told, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main([*words, f"--out_dir={tmp_path / 'x'}"])
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+def test_prepare_knows_every_setting():
+    known = {f.name for f in fields(prepare.TaskConfig)}
+    assert known == {name for task in TASKS for name in tasks.setting_of(task)}
