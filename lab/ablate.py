@@ -59,6 +59,7 @@ class AblateConfig:
     tune: bool = False  # each row at its own best learning rate, bracketed with seed 0; begins at the rates above
     grid: str = ""  # a sweep, FLAG:VALUES;FLAG:...: each row with each combination of the values
     jobs: int = 1  # runs at a time; if more than one, with one thread each
+    keep_checkpoints: bool = False  # of all seeds; otherwise a row's first seed keeps one, for pictures
     out_dir: str = "out-ablation"  # where runs lie
     time: bool = False  # measure the steps of finished rows that were not measured yet, and train nothing
     report: bool = False  # write the results of finished runs, and train nothing
@@ -348,7 +349,7 @@ def start(cfg, run):
         )  # fmt: skip
 
 
-def finish(run, status):
+def finish(cfg, run, status):
     """Read what an ended process left: mark a failure, delete what a success does not need. Returns a line on it."""
     if status:
         last = (run.folder / "train.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
@@ -359,7 +360,7 @@ def finish(run, status):
     if not run.is_done:
         return "stopped; the next call goes on with it"
     (run.folder / "ckpt_last.pt").unlink(missing_ok=True)
-    if run.seed:  # pictures need one checkpoint of a row
+    if run.seed and not cfg.keep_checkpoints:
         (run.folder / "ckpt.pt").unlink(missing_ok=True)
     return f"val loss {run.loss:.4f}, {run.speed:,.0f} tokens/s"
 
@@ -382,7 +383,7 @@ def train(cfg, runs):
             time.sleep(0.1)
             for process in [p for p in active if p.poll() is not None]:
                 run, ended = active.pop(process), ended + 1
-                print(f"[{ended}/{total}] {run}: {finish(run, process.returncode)}", flush=True)
+                print(f"[{ended}/{total}] {run}: {finish(cfg, run, process.returncode)}", flush=True)
     finally:  # Ctrl-C: runs save themselves
         for process in active:
             process.terminate()

@@ -174,6 +174,16 @@ def test_mqar_asks_soon_rather_than_late():
     assert all(len(set(row[:128:2])) == len(set(row[1:128:2])) == 64 for row in idx.tolist())
 
 
+def test_far_recall_is_far():
+    """Pairs stand in the first quarter, questions in the last; no word between them is a key or a value."""
+    idx, targets = TASKS["far_recall"](np.random.default_rng(0), 32)
+    for row, target in zip(idx.tolist(), targets.tolist()):
+        given = {row[t]: row[t + 1] for t in range(32) if row[t] < 64}
+        asked = [t for t in range(128) if target[t] >= 0]
+        assert len(given) == len(asked) == 8 and min(asked) >= 96 and min(row[32:96]) >= 128
+        assert {row[t]: target[t] for t in asked} == given and all(64 <= value < 128 for value in given.values())
+
+
 def test_noise_is_as_frequent_as_asked():
     idx, _ = TASKS["noisy_recall"](np.random.default_rng(0), 200, noise=0.6)
     assert (idx[:, 2:-2:2] >= 16).mean() == pytest.approx(0.6, abs=0.02)
