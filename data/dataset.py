@@ -1,5 +1,5 @@
 """
-The token data set that train.py reads.
+The data set that train.py reads: one long text, or rows that ask questions.
 
 The windows that a step reads are a pure function of (seed, step), so that resuming, accumulating gradients or adding
 processes never repeats or skips a window.
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from configurator import ROOT
-from data.corpus import DataError, check_identity, load_meta, open_split
+from data.corpus import DataError, check_identity, load_meta, open_split, open_targets
 
 TRAIN, TRAIN_LOSS, VAL_LOSS = range(3)  # independent streams of random windows
 
@@ -19,8 +19,10 @@ TRAIN, TRAIN_LOSS, VAL_LOSS = range(3)  # independent streams of random windows
 class TokenDataset:
     """The token files of a data set. DataError for data that cannot be used for training."""
 
+    has_questions = False  # whether targets are answers, of which the share that is right is worth a line
+
     def __init__(self, cfg):
-        self.folder = (Path(cfg.data_dir) if cfg.data_dir else ROOT / "data") / cfg.dataset
+        self.folder = folder_of(cfg)
         self.meta = load_meta(self.folder)
         self.splits = {split: open_split(self.folder, split, self.meta) for split in ("train", "val")}
         self.id = check_identity(self.folder, self.meta)
@@ -63,6 +65,50 @@ class TokenDataset:
             rows = -(-(len(piece) - 1) // T)
             x, y = (torch.from_numpy(a).view(batch_size, T)[:rows] for a in (x, y))
             yield to_device(x, device), to_device(y, device)
+
+
+class RowDataset(TokenDataset):
+    """Rows of tokens with targets of their own: a step reads whole rows, and starts are those of rows."""
+
+    has_questions = True
+
+    def __init__(self, cfg):
+        meta = load_meta(folder_of(cfg))
+        self.T, splits = meta["row_tokens"], ("train", "val")
+        self.targets = {split: open_targets(folder_of(cfg), split, meta) for split in splits}
+        super().__init__(cfg)
+        if cfg.curriculum:
+            raise DataError(f"{self.folder}: its rows are whole, --curriculum would cut their questions off")
+
+    def check(self, block_size, vocab_size):
+        if block_size != self.T:
+            raise DataError(f"{self.folder}: rows of {self.T} tokens, not {block_size}; set --block_size={self.T}")
+        super().check(block_size - 1, vocab_size)  # a row needs no token after it
+
+    def windows(self, stream, step, count, block_size):
+        rows = len(self.splits["val" if stream == VAL_LOSS else "train"]) // self.T
+        return np.random.default_rng((self.seed, stream, step)).integers(0, rows, count) * self.T
+
+    def batch(self, split, starts, config, device):
+        at = starts[:, None] + np.arange(self.T)
+        pair = self.splits[split][at], self.targets[split][at]
+        for ids in pair:
+            self.check_ids(ids, config.vocab_size)
+        return tuple(to_device(torch.from_numpy(ids.astype(np.int64)), device) for ids in pair)
+
+    def val_windows(self, batch_size, config, device, rank, world_size):
+        starts = np.arange(0, len(self.splits["val"]), self.T)
+        for first in range(rank * batch_size, len(starts), world_size * batch_size):
+            yield self.batch("val", starts[first : first + batch_size], config, device)
+
+
+def has_rows(cfg):
+    """Whether the data set that a TrainConfig names is one of rows."""
+    return "row_tokens" in load_meta(folder_of(cfg))
+
+
+def folder_of(cfg):
+    return (Path(cfg.data_dir) if cfg.data_dir else ROOT / "data") / cfg.dataset
 
 
 def to_device(x, device):

@@ -6,7 +6,8 @@ chunks of a few positions, and an operation handles one position of all chunks, 
 (`ChunkedScan`): once up, to the product of A of each chunk and to the value with which the chunk would end after a zero
 state; then a scan over these end values, which is the same problem, but smaller (`Level`); then once down, from the
 true value before each chunk. This is O(T) work in about 8 log_4(T) operations per block, each large compared with the
-cost of its call. The products of A underflow harmlessly: nothing is divided by them. On CUDA the operators call
+cost of its call. The products of A underflow harmlessly: nothing is divided by them, nor is
+a logarithm taken, so A may have any sign. On CUDA the operators call
 scan_triton.py.
 """
 

@@ -64,6 +64,7 @@ class AblateConfig:
     tune: bool = False  # each row at its own best learning rate, bracketed with seed 0; begins at the rates above
     grid: str = ""  # a sweep, FLAG:VALUES;FLAG:...: each row with each combination of the values
     jobs: int = 1  # runs at a time; if more than one, with one thread each
+    keep_checkpoints: bool = False  # of all seeds; otherwise a row's first seed keeps one, for pictures
     out_dir: str = "out-ablation"  # where runs lie
     time: bool = False  # measure the steps of finished rows that were not measured yet, and train nothing
     report: bool = False  # write the results of finished runs, and train nothing
@@ -378,7 +379,7 @@ def start(cfg, run):
         )  # fmt: skip
 
 
-def finish(run, status):
+def finish(cfg, run, status):
     """Read what an ended process left: mark a failure, delete what a success does not need. Returns a line on it."""
     wall = (read_json(run.folder / "wall.json") or {"seconds": 0.0})["seconds"] + time.monotonic() - run.began
     replace_file(run.folder / "wall.json", json.dumps({"seconds": round(wall, 1)}).encode())
@@ -392,7 +393,7 @@ def finish(run, status):
         return "stopped; the next call goes on with it"
     for name in ("ckpt_last.pt", STABLE):
         (run.folder / name).unlink(missing_ok=True)
-    if run.seed:  # pictures need one checkpoint of a row
+    if run.seed and not cfg.keep_checkpoints:
         (run.folder / "ckpt.pt").unlink(missing_ok=True)
     return f"val loss {run.loss:.4f}, {run.speed:,.0f} tokens/s"
 
@@ -415,7 +416,7 @@ def train(cfg, runs):
             time.sleep(0.1)
             for process in [p for p in active if p.poll() is not None]:
                 run, ended = active.pop(process), ended + 1
-                print(f"[{ended}/{total}] {run}: {finish(run, process.returncode)}", flush=True)
+                print(f"[{ended}/{total}] {run}: {finish(cfg, run, process.returncode)}", flush=True)
     finally:  # Ctrl-C: runs save themselves
         for process in active:
             process.terminate()

@@ -11,7 +11,6 @@ Speed and memory, always beside a reference in the same run.
     python -m lab.bench optimizers # steps by AdamW and by Muon
     python -m lab.bench local      # steps of learning rules
     python -m lab.bench embeddings # steps and memory of sparse codes and manifolds, float32
-    python -m lab.bench recall     # key-value pairs in random text: the share recalled from beyond the attention window
     python -m lab.bench energy     # operations and bytes of channel mixers, times a table of picojoules: no watt meter
     python -m lab.bench checkpoint # loading a checkpoint of 520 MB with its checks, beside torch.load alone
     python -m lab.bench kernels    # Triton: what ptxas says of each kernel, bytes moved, and speed where there is a GPU
@@ -78,7 +77,7 @@ class BenchConfig:
     only: str = ""  # comma-separated parts; empty = all
     repeats: int = 11  # rounds; each contender runs once in each
     tokens: int = 512  # how many decode writes
-    seeds: int = 3  # runs per contender of recipe and recall
+    seeds: int = 3  # runs per contender of recipe
     max_iters: int = 2000  # steps per run of recipe
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as train.py's; of attention: float32
     device: str = "cpu"  # "auto" | "cpu" | "cuda" | "mps"
@@ -444,68 +443,6 @@ def bench_recipe(rows, cfg, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Recall: pairs of a key and its value, drawn anew for each text, lie in its first quarter between random words; its
-# last quarter asks for each, 64 tokens later or more. Two layers of cells of 8 to 11 tokens and the cell before see
-# at most 40 tokens back.
-
-PAIRS, KEYS, TEXT = 8, 64, 128  # pairs per text, possible keys (as many values), tokens per text
-RECALL = {"vocab_size": 3 * KEYS, "block_size": TEXT, "n_layer": 2, "n_head": 4, "n_embd": 64, "bias": False}
-NEAR = "block_sparse_1 --anchor_min_gap=8 --anchor_jitter=2"
-RECALLERS = [NEAR, f"{NEAR} sdr_no_memory", f"{NEAR} sdr", f"{NEAR} sdr --sdr_decay=1", f"{NEAR} sdr_delta"]
-RECALLERS += [f"{NEAR} sdr_willshaw --sdr_decay=1", "baseline --use_ferope"]
-RECALL_STEPS = 400
-
-
-def recall_texts(rows, generator):
-    """Texts (rows, TEXT) and targets: the value after each key in the last quarter, -1 elsewhere."""
-    texts = torch.randint(2 * KEYS, 3 * KEYS, (rows, TEXT), generator=generator)
-    targets = torch.full_like(texts, -1)
-
-    def some(n, among):
-        return torch.rand(rows, among, generator=generator).argsort(1)[:, :n]
-
-    keys, values = some(PAIRS, KEYS), some(PAIRS, KEYS) + KEYS
-    given, asked = (start + 2 * some(PAIRS, TEXT // 8) for start in (0, 3 * TEXT // 4))
-    for at in (given, asked):
-        texts.scatter_(1, at, keys).scatter_(1, at + 1, values)
-    targets.scatter_(1, asked, values)
-    return texts, targets
-
-
-def recalled(flags, seed, steps, device):
-    """Share of the pairs of 256 new texts whose value is the likeliest word, after training."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = GPT(GPTConfig(**RECALL | flags)).to(device)
-    optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.99), device)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, step / 50, 2 - 2 * step / steps)  # warm-up, flat, down to 0
-        texts, targets = (x.to(device) for x in recall_texts(16, generator))
-        model(texts, targets)[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-    texts, targets = (x.to(device) for x in recall_texts(256, generator))
-    with torch.no_grad():
-        right = model(texts, targets)[0].argmax(-1) == targets
-    return right[targets >= 0].float().mean().item()
-
-
-def bench_recall(chosen, rows, cfg, device):
-    rows = [*chosen, *rows]
-    shares = {row: [] for row in rows}
-    for seed in range(cfg.seeds):
-        for row in rows:
-            shares[row].append(recalled(flags_of(row), seed, min(cfg.max_iters, RECALL_STEPS), device))
-            print(f"seed {seed}: {row} recalls {shares[row][-1]:.1%}", flush=True)
-    for row, values in shares.items():
-        print(f"{row:<75}{statistics.fmean(values):6.1%} ({min(values):.1%} to {max(values):.1%})")
-    print(f"chance, of one value: {1 / KEYS:.1%}")
-    return shares
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Triton kernels.
 
 STREAM_SHAPE = (8, 4096, 768)  # (B, T, C) of what bytes are counted and timed for
@@ -625,7 +562,6 @@ BENCHES = {
     "optimizers": Bench(each(OPTIMIZERS), list(OPTIMIZERS), OPTIMIZER_ROWS),
     "local": Bench(each(LOCAL), list(LOCAL), LOCAL_ROWS),
     "embeddings": Bench(each(EMBEDDINGS), list(EMBEDDINGS), EMBEDDING_ROWS),
-    "recall": Bench(bench_recall, RECALLERS, []),
     "checkpoint": Bench(each({"load": bench_loading}), ["load"]),
     "energy": Bench(bench_energy, ["start", "50%", "90%"], ENERGY_ROWS),
     "kernels": Bench(each(KERNELS), list(KERNELS)),

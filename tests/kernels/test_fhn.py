@@ -33,9 +33,11 @@ def medium(B, T, C, seed=0, dtype=torch.float64, steps=2):
     return [x.to(dtype) for x in inputs], uniform(-1.8, -0.8, B, steps, C).to(scan.sum_dtype(inputs[0].to(dtype)))
 
 
-def recurrence(B, T, C, seed=0, dtype=torch.float64):
+def recurrence(B, T, C, seed=0, dtype=torch.float64, signed=False):
     generator = torch.Generator().manual_seed(seed)
     A = torch.rand(B, T, C, generator=generator, dtype=torch.float64) ** 0.1  # mostly near 1: a long memory
+    if signed:
+        A *= torch.randint(2, (B, T, C), generator=generator) * 2 - 1
     b, h0 = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((B, T, C), (B, C)))
     return [x.to(dtype) for x in (A, b, h0)]
 
@@ -126,6 +128,23 @@ def test_gradcheck(T, steps):
     inputs = [x.requires_grad_() for x in recurrence(2, T, 2)]
     for function in (scan.reference, gated_scan):
         torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-4)])
+def test_decays_of_either_sign(name, dtype, tolerance):
+    inputs = recurrence(2, 150, 5, signed=True)
+    with plan(name):
+        assert_close(both_ways(gated_scan, inputs, dtype), both_ways(scan.reference, inputs, torch.float64), tolerance)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_decay_of_minus_one_counts_parity(name):
+    """h <- -h + 1 at a one and h <- h at a zero, that is A = 1 - 2 x and b = (1 - A) / 2: exact at any length."""
+    x = torch.randint(2, (2, 3000, 4), generator=torch.Generator().manual_seed(0)).float()
+    A = 1 - 2 * x
+    with plan(name):
+        assert torch.equal(gated_scan(A, (1 - A) / 2), x.cumsum(1) % 2)
 
 
 def test_products_may_underflow():

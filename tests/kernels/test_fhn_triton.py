@@ -55,10 +55,12 @@ def agree(named, what, looser=1):
         assert error < looser * TOLERANCE[ours.dtype], f"{name}: {error:.1e} with {what}"  # a nan fails as well
 
 
-def check_scan(B, T, C, dtype=torch.float32, looser=1):
+def check_scan(B, T, C, dtype=torch.float32, looser=1, least=0):
+    """least: the lowest decay, -1 for decays of either sign."""
     from kernels.scan_triton import triton_backward, triton_forward
 
-    A, b, grad = torch.rand(B, T, C).to(dtype), torch.randn(B, T, C).to(dtype), torch.randn(B, T, C).to(dtype)
+    A = (least + (1 - least) * torch.rand(B, T, C)).to(dtype)
+    b, grad = torch.randn(B, T, C).to(dtype), torch.randn(B, T, C).to(dtype)
     h0 = torch.randn(B, C).to(dtype)
     inputs = [x.double().requires_grad_() for x in (A, b, h0)]
     want = scan.reference(*inputs)
@@ -75,6 +77,7 @@ def check_scan(B, T, C, dtype=torch.float32, looser=1):
 def scans():
     for shape in ((2, 1, 5), (1, 2, 1), (1, 31, 9), (1, 32, 8), (1, 33, 1), (2, 65, 5), (1, 200, 5), (1, 64, 33)):
         check_scan(*shape)
+    check_scan(2, 65, 5, least=-1)
     check_scan(1, 70, 5, torch.bfloat16, looser=2)  # the backward reads a rounded h
     check_scan(1, 70, 5, torch.float16, looser=2)
 

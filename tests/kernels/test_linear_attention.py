@@ -23,8 +23,11 @@ from kernels.linear_attention import (
 LENGTHS = [1, 2, 15, 16, 17, 32, 33, 100]
 
 
-def inputs(T, kind, dtype=torch.float64, strong=False, dk=5, dv=7):
-    """q, k, v, decays and, for gdn, shares; and a state to start from. strong: decays down to the least there are."""
+def inputs(T, kind, dtype=torch.float64, strong=False, dk=5, dv=7, most=1.0):
+    """q, k, v, decays and, for gdn, shares below `most`; and a state to start from.
+
+    strong: decays down to the least there are.
+    """
     draw = torch.Generator().manual_seed(T)
     q, k = (torch.randn(2, 3, T, dk, dtype=torch.float64, generator=draw) for _ in range(2))
     v = torch.randn(2, 3, T, dv, dtype=torch.float64, generator=draw)
@@ -33,7 +36,7 @@ def inputs(T, kind, dtype=torch.float64, strong=False, dk=5, dv=7):
     decay = (LEAST if strong else -0.3) * torch.rand(shape, dtype=torch.float64, generator=draw)
     if kind == "gla":
         return [x.to(dtype) for x in (q, k, v, decay, S)]
-    beta = torch.rand(2, 3, T, dtype=torch.float64, generator=draw)
+    beta = most * torch.rand(2, 3, T, dtype=torch.float64, generator=draw)
     return [x.to(dtype) for x in (q, F.normalize(k, dim=-1), v, decay, beta, S)]
 
 
@@ -83,6 +86,27 @@ def test_without_decay_the_delta_rule_recalls_what_was_last_written():
     v = torch.randn(1, 1, 4, 3, dtype=torch.float64)
     _, S = gdn(k, k, v, torch.zeros(1, 1, 4).double(), torch.ones(1, 1, 4).double(), torch.zeros(1, 1, 4, 3).double())
     assert torch.allclose(S[0, 0, :3], v[0, 0, [2, 1, 3]]) and S[0, 0, 3].abs().max() == 0
+
+
+@pytest.mark.parametrize("T", [1, 17, 100])
+def test_shares_up_to_two(T):
+    """Chunks are the loop where eigenvalues 1 - beta of the memory's map may be negative, with gradients."""
+    results = []
+    for f in (gdn, gdn_reference):
+        args = [x.requires_grad_() for x in inputs(T, "gdn", most=2.0)]
+        y, S = f(*args)
+        results.append([y, S, *torch.autograd.grad(y.square().sum() + S.square().sum(), args)])
+    assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-9) for a, b in zip(*results))
+    for a, b in zip(gdn(*inputs(T, "gdn", torch.float32, most=2.0)), results[1]):
+        assert torch.allclose(a.double(), b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_a_share_of_two_counts_parity():
+    """beta = 2 and a value of 0 reflects: the sign of what is held for the key is that of the number of ones."""
+    x = torch.randint(2, (1, 1, 500), generator=torch.Generator().manual_seed(0)).double()
+    k, v = torch.ones(1, 1, 500, 1).double(), torch.zeros(1, 1, 500, 1).double()
+    y, _ = gdn(k, k, v, 0 * x, 2 * x, torch.ones(1, 1, 1, 1).double())
+    assert torch.allclose(y[..., 0], 1 - 2 * (x.cumsum(2) % 2), atol=1e-9)
 
 
 def test_without_gates_gla_is_linear_attention():

@@ -67,8 +67,6 @@ def test_a_config_file_is_a_further_row(run, tmp_path):
     results, _ = run("heads", path, parts={"tiny": tiny}, rows=["baseline"])
     assert names(results["tiny"]) == ["baseline", f"'{path}'"]
     assert measure.flags_of(f"'{path}' --bias=False") == {"mlp_act": "relu2", "bias": False}
-    results, _ = run("recall", path, "--seeds=1", "--max_iters=1", parts=["sdr"], rows=[])
-    assert list(results) == ["sdr", f"'{path}'"]
 
 
 def test_only_takes_the_name_of_a_config(run, monkeypatch):
@@ -243,24 +241,3 @@ def test_refuses_in_one_line_what_it_does_not_know(words, capsys):
         bench.main(words)
     error = capsys.readouterr().err
     assert error.startswith("lab.bench: error: ") and error.count("\n") == 1
-
-
-def test_recall_texts():
-    """Each pair stands in the first quarter and asked for in the last, where its value is the only target."""
-    texts, targets = bench.recall_texts(32, torch.Generator().manual_seed(0))
-    quarter = bench.TEXT // 4
-    assert texts.shape == targets.shape == (32, bench.TEXT)
-    for text, target in zip(texts, targets):
-        given = {int(text[i]): int(text[i + 1]) for i in range(quarter) if text[i] < bench.KEYS}
-        at = (target >= 0).nonzero().flatten().tolist()
-        assert len(given) == len(at) == bench.PAIRS and min(at) >= 3 * quarter
-        assert {int(text[i]): int(target[i]) for i in at} == given == {int(text[i]): int(text[i + 1]) for i in at}
-        assert all(bench.KEYS <= value < 2 * bench.KEYS for value in given.values())
-        assert (text[quarter : 3 * quarter] >= 2 * bench.KEYS).all()
-
-
-def test_recall_runs():
-    rows = bench.RECALLERS[:1] + bench.RECALLERS[4:5]
-    shares = bench.bench_recall(rows, [], BenchConfig(seeds=1, max_iters=1), "cpu")
-    assert list(shares) == rows
-    assert all(len(values) == 1 and 0 <= values[0] <= 0.1 for values in shares.values())

@@ -32,6 +32,33 @@ def test_neighbours_of_one_community_conduct_better():
         torch.testing.assert_close(found[:, t], y, rtol=1e-10, atol=1e-10)
 
 
+def test_signed_decay_by_a_loop():
+    """h_t = A_t h_{t-1} + (1 - A_t) I_t with A_t = tanh(s q_t k_{t-1} + k_t + bias + log(1 + Lambda) / 2)."""
+    torch.manual_seed(0)
+    config = GPTConfig(
+        n_layer=1, n_head=1, n_embd=6, block_size=16, vocab_size=11, attn_mode="fhn", fhn_dynamics="signed"
+    )
+    medium = FHNMedium(config).double()
+    v, q, k = (3 * torch.randn(2, 9, 6, dtype=torch.float64) for _ in range(3))
+    found, y = medium(v, q, k), torch.zeros(2, 6, dtype=torch.float64)
+    signs = set()
+    for t in range(9):
+        k_before = k[:, t - 1] if t else torch.zeros_like(k[:, 0])
+        A = torch.tanh(q[:, t] * k_before + k[:, t] + 0.5 * torch.log(1 + medium.log_lambda.exp()))
+        signs |= set(A.sign().flatten().tolist())
+        y = A * y + (1 - A) * FHN["amplitude"] * v[:, t]
+        torch.testing.assert_close(found[:, t], y, rtol=1e-10, atol=1e-10)
+    assert signs == {-1.0, 1.0}
+
+
+def test_signed_starts_as_linear():
+    """Where the logits are 0 the two decays are the same: Lambda / (2 + Lambda)."""
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 6, "block_size": 16, "vocab_size": 11, "attn_mode": "fhn"}
+    zero = torch.zeros(1, 1, 6)
+    decays = [FHNMedium(GPTConfig(**sizes, fhn_dynamics=kind)).decay(zero) for kind in ("linear", "signed")]
+    torch.testing.assert_close(*decays)
+
+
 def test_decoding_keeps_the_last_coordinates():
     torch.manual_seed(0)
     model = GPT(CONFIG).eval()
