@@ -15,7 +15,7 @@ ifneq ($(wildcard ../shared/data/tiktoken_cache),)
 export TIKTOKEN_CACHE_DIR ?= $(CURDIR)/../shared/data/tiktoken_cache
 endif
 
-.PHONY: help demo check test lint report tables readme clean
+.PHONY: help demo check test lint bench report tables readme clean
 
 help:  ## list these commands (the default)
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,14 @@ lint: $(VENV)/.dev  ## ruff: errors and formatting
 	$(BIN)/ruff format --check .
 
 # --mix: these records are from before the code that made them was recorded
+BENCH := $(BIN)/python -m lab.bench
+
+bench: $(VENV)/.dev  ## speeds that users wait for, in 10 minutes, added to docs/results/bench.jsonl
+	$(BENCH) step --repeats=5 --memory=False --record
+	$(BENCH) attention --only=512,1024,8192 --repeats=5 --memory=False --record
+	$(BENCH) decode --repeats=3 --memory=False --record
+	$(BENCH) optimizers --repeats=7 --memory=False --record
+
 REPORT := $(BIN)/python -m lab.ablate --report --mix
 
 report: $(VENV)/.dev  ## comparisons in docs/results.md, plots and pages docs/*.html, from docs/results

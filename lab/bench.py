@@ -20,7 +20,8 @@ Speed and memory, always beside a reference in the same run.
 
 Contenders take turns, so that a busy machine slows all of them. A speed is the median over rounds of the ratio to the
 reference of the same round, with the quartiles behind it. Memory is the peak of a fresh process, minus what
-code alone takes. The last line is JSON.
+code alone takes. The last line is JSON. --record adds the speeds to docs/results/bench.jsonl, and says which of them
+left the quartiles of the last record from a machine like this one; `make bench` does so for what users wait for.
 """
 
 import importlib
@@ -48,6 +49,7 @@ import configurator
 from configurator import ROOT, ConfigError, check_values
 from data.corpus import DataError
 from data.dataset import TokenDataset
+from data.files import replace_file
 from kernels.wavekan import edges_reference, wavelet_edges
 from lab.attention import ATTENTION_LENGTHS, bench_attention
 from lab.energy import ENERGY_ROWS, bench_energy
@@ -66,7 +68,7 @@ from lab.measure import (
 )
 from lab.reference import PlainGPT, plain_step, plain_val_loss
 from model import FHN, GPT, DecodingState, GPTConfig, SparseEventLayer, load_checkpoint, save_checkpoint
-from train import TrainConfig, Trainer, World, dtype_name, pick_device, pick_dtype
+from train import TrainConfig, Trainer, World, dtype_name, git_commit, machine, pick_device, pick_dtype
 
 
 @dataclass
@@ -83,6 +85,7 @@ class BenchConfig:
     device: str = "cpu"  # "auto" | "cpu" | "cuda" | "mps"
     memory: bool = True  # also measure peak memory, in one process per contender
     plot: bool = False  # attention also writes PNGs to docs/img
+    record: bool = False  # add the speeds to docs/results/bench.jsonl, and compare them with the last ones there
 
     def __post_init__(self):
         check_values(self, {"repeats tokens seeds max_iters": "[1, inf)"})
@@ -536,6 +539,42 @@ def bench_loading(rows, cfg, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The history: a line per benchmark and day, so that what became slower shows.
+
+HISTORY = ROOT / "docs" / "results" / "bench.jsonl"
+
+
+def speeds_of(results, name=""):
+    """{name: [speed, low, high]} of whatever rows of `speeds` are in nested results."""
+    if isinstance(results, dict) and results.keys() >= {"speed", "low", "high"}:
+        return {name: [round(results[key], 4) for key in ("speed", "low", "high")]}
+    pairs = results.items() if isinstance(results, dict) else ()
+    if isinstance(results, list):
+        pairs = [(row["name"], row) for row in results if isinstance(row, dict) and "name" in row]
+    found = {}
+    for key, inner in pairs:
+        found |= speeds_of(inner, f"{name} / {key}" if name else str(key))
+    return found
+
+
+def record(what, dtype, results, machine):
+    """Add a benchmark's speeds to the history; print those that left the quartiles of the last record like it."""
+    like = {"bench": what, "dtype": dtype, "machine": machine, "torch": torch.__version__}
+    lines = HISTORY.read_text(encoding="utf-8").splitlines() if HISTORY.exists() else []
+    before = [r for r in map(json.loads, lines) if all(r[key] == value for key, value in like.items())]
+    now = speeds_of(results)
+    for name, (speed, low, high) in now.items() if before else ():
+        was = before[-1]["speeds"].get(name)
+        if was and (high < was[1] or low > was[2]):
+            change = "slower" if high < was[1] else "faster"
+            print(f"{change}: {name}: {speed:.2f}x, {was[0]:.2f}x on {before[-1]['date']} ({before[-1]['commit'][:7]})")
+    line = {"date": time.strftime("%Y-%m-%d"), "commit": git_commit() or "none", **like, "speeds": now}
+    HISTORY.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(HISTORY, "".join(f"{line}\n" for line in [*lines, json.dumps(line)]).encode())
+    print(f"recorded in {HISTORY}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line.
 
 
@@ -600,8 +639,11 @@ def main(argv=None):
         for row in rows:
             row in SPECIAL or flags_of(row)  # a mistake in a file is found before any work
         chosen, (device, _) = choose(what, cfg.only, files), pick_device(cfg.device)
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {device}")
+        here = machine(device)
+        print(f"torch {torch.__version__}, {here['gpu'] or here['cpu']}, {here['threads']} threads, device {device}")
         results = bench.run(chosen, rows, cfg, device)
+        if cfg.record:
+            record(what, cfg.dtype, results, here)
     print(json.dumps({"bench": what, "torch": torch.__version__, "device": device, "results": results}))
 
 

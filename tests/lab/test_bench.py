@@ -241,3 +241,28 @@ def test_refuses_in_one_line_what_it_does_not_know(words, capsys):
         bench.main(words)
     error = capsys.readouterr().err
     assert error.startswith("lab.bench: error: ") and error.count("\n") == 1
+
+
+def test_the_history_says_what_became_slower(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "HISTORY", tmp_path / "results" / "bench.jsonl")
+    here = {"cpu": "a CPU", "cores": 2, "threads": 1, "gpu": None}
+
+    waves = {"waves": {"1024": {"speed": 2.0, "low": 1.9, "high": 2.1}}}
+
+    def rows(speed):
+        ours = {"name": "ours", "speed": speed, "low": speed - 0.1, "high": speed + 0.1, "seconds": 1.0}
+        return {"cpu": [ours], "faster": waves, "exponents": {"waves": 1.0}}
+
+    bench.record("step", "auto", rows(1.5), here)
+    bench.record("step", "auto", rows(1.55), here)  # within the quartiles
+    bench.record("step", "auto", rows(1.0), here | {"threads": 2})  # another machine
+    assert "slower" not in capsys.readouterr().out
+    bench.record("step", "auto", rows(1.0), here)
+    said = capsys.readouterr().out
+    assert said.startswith("slower: cpu / ours: 1.00x, 1.55x on 20") and said.count("slower") == 1
+    lines = [json.loads(line) for line in bench.HISTORY.read_text().splitlines()]
+    assert len(lines) == 4 and lines[0]["speeds"] == {
+        "cpu / ours": [1.5, 1.4, 1.6], "faster / waves / 1024": [2.0, 1.9, 2.1]
+    }  # fmt: skip
+    bench.record("step", "auto", rows(3.0), here)
+    assert "faster: cpu / ours: 3.00x, 1.00x" in capsys.readouterr().out
