@@ -40,6 +40,7 @@ from data.corpus import (
     load_tokenizer,
     visible,
 )
+from data.dataset import shares_of
 from data.files import is_file
 from data.runs import find_checkpoint
 from model import GPT, CheckpointError, load_checkpoint
@@ -114,7 +115,8 @@ def load(cfg):
     checkpoint = load_checkpoint(path or Path(cfg.out_dir) / "ckpt.pt")
     trained = checkpoint.get("config", {})  # nanoGPT's has one too, but no meta
     dataset, data_dir = (trained.get(name) or "" for name in ("dataset", "data_dir")) if trained else ("", "")
-    folder = Path(cfg.data_dir or str(data_dir) or ROOT / "data") / str(dataset)
+    dataset = next(iter(shares_of(str(dataset))), str(dataset))  # of a mixture the first
+    folder = Path(cfg.data_dir or str(data_dir) or ROOT / "data") / dataset
     meta = checkpoint.get("meta") or load_meta(folder)
     if not isinstance(meta, dict):
         raise CheckpointError(f"{path}: damaged, its meta is a {type(meta).__name__}")

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from configurator import ROOT, ConfigError, check_values
 from data.corpus import GPT2, GPT2_NAMES, DataError, first_ids, has_tokenizer, load_tokenizer, same_tokenizer, visible
-from data.dataset import TRAIN, TRAIN_LOSS, VAL_LOSS, RowDataset, TokenDataset, has_rows
+from data.dataset import TRAIN, TRAIN_LOSS, VAL_LOSS, folder_of, open_dataset
 from data.files import replace_file
 from data.runs import STABLE, find_checkpoint, hold, keep_previous, open_metrics, prepare_out_dir
 from kernels.muon import Muon as Muon
@@ -83,7 +83,7 @@ class TrainConfig:
     seed: int = 1337  # for weights, data order and dropout
     max_iters: int = 600_000  # optimiser steps in all
     # -- data ---------------------------------------------------------------------------------------------------------
-    dataset: str = "openwebtext"  # a folder with train.bin and val.bin
+    dataset: str = "openwebtext"  # a folder with train.bin and val.bin; "a:0.7,b:0.3", a mixture; or a text file's path
     data_dir: str = ""  # where data sets lie; empty = data/ beside train.py
     batch_size: int = 12  # sequences per micro-step and process
     gradient_accumulation_steps: int = 40  # micro-steps per optimiser step, divided among all processes
@@ -1101,7 +1101,8 @@ def build(settings, checkpoint):
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(cfg.seed)
-    data = (RowDataset if has_rows(cfg) else TokenDataset)(cfg)
+    cfg.dataset = own_text(cfg, world)
+    data = open_dataset(cfg)
     if checkpoint is not None:
         check_data(checkpoint, data, cfg.out_dir)
     model = build_model(settings, checkpoint, data)
@@ -1125,6 +1126,16 @@ def build(settings, checkpoint):
         if world.is_main:
             print(f"{changed}: the best loss so far was measured otherwise and is forgotten", flush=True)
     return trainer, tokenizer, dtype
+
+
+def own_text(cfg, world):
+    """The data set's name; where it is the path of a text, which the main process prepares, the folder that is made."""
+    path, is_set = Path(cfg.dataset), (folder_of(cfg) / "train.bin").exists()
+    if is_set or not (path.is_file() or (path.is_dir() and os.sep in cfg.dataset)):
+        return cfg.dataset
+    from data.prepare import prepared
+
+    return world.of_main(str(prepared(path)) if world.is_main else None)
 
 
 def check_packages(cfg):

@@ -463,7 +463,7 @@ def how_to_make(folder):
         default = ROOT / "data" / "skills" / folder.name
         return f"run python data/skills/prepare.py {folder.name}" + f" --out_dir={folder}" * (folder != default)
     if not script.is_file():
-        return "write it again with data.corpus.write_dataset (data/README.md shows how)"
+        return "make it again with python data/prepare.py PATH (data/README.md shows how)"
     elsewhere = "" if folder == script.parent else f" --out_dir={folder}"
     return f"run python data/{folder.name}/prepare.py{elsewhere}"
 

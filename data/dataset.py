@@ -1,17 +1,20 @@
 """
-The data set that train.py reads: one long text, or rows that ask questions.
+The data set that train.py reads: one long text, several of them mixed, or rows that ask questions.
 
 The windows that a step reads are a pure function of (seed, step), so that resuming, accumulating gradients or adding
 processes never repeats or skips a window.
 """
 
+import hashlib
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from configurator import ROOT
-from data.corpus import DataError, check_identity, load_meta, open_split, open_targets
+from data.corpus import DataError, check_identity, load_meta, open_split, open_targets, same_tokenizer
 
 TRAIN, TRAIN_LOSS, VAL_LOSS = range(3)  # independent streams of random windows
 
@@ -102,13 +105,72 @@ class RowDataset(TokenDataset):
             yield self.batch("val", starts[first : first + batch_size], config, device)
 
 
-def has_rows(cfg):
-    """Whether the data set that a TrainConfig names is one of rows."""
-    return "row_tokens" in load_meta(folder_of(cfg))
+class Mixture(TokenDataset):
+    """Several texts, each window from one of them by chance: "a:0.7,b:0.3". Their val splits are read one by one."""
+
+    def __init__(self, cfg):
+        shares = shares_of(cfg.dataset)
+        self.parts = [TokenDataset(replace(cfg, dataset=name)) for name in shares]
+        for name, part in zip(shares, self.parts):
+            if not same_tokenizer(part.meta, self.parts[0].meta) or "row_tokens" in part.meta:
+                raise DataError(f"--dataset={cfg.dataset}: {name} is not text in the tokens of {next(iter(shares))}")
+        self.weights = np.array(list(shares.values())) / sum(shares.values())
+        self.folder, self.seed = self.parts[0].folder, cfg.seed
+        self.ends = {split: np.cumsum([len(part.splits[split]) for part in self.parts]) for split in ("train", "val")}
+        self.splits = {split: range(ends[-1]) for split, ends in self.ends.items()}  # of which only the length is read
+        sums = {key: sum(part.meta.get(key, 0) for part in self.parts)
+                for key in ("train_tokens", "val_tokens", "train_bytes", "val_bytes")}  # fmt: skip
+        self.meta = self.parts[0].meta | (sums if all(part.meta for part in self.parts) else {})
+        self.id = hashlib.sha256(" ".join([*(part.id for part in self.parts), str(self.weights)]).encode()).hexdigest()
+
+    def check(self, block_size, vocab_size):
+        for part in self.parts:
+            part.check(block_size, vocab_size)
+
+    def windows(self, stream, step, count, block_size):
+        """Starts in the texts one behind the other, as (count,) int64."""
+        split, rng = "val" if stream == VAL_LOSS else "train", np.random.default_rng((self.seed, stream, step))
+        which = rng.choice(len(self.parts), count, p=self.weights)
+        lengths = np.array([len(part.splits[split]) for part in self.parts])
+        return self.ends[split][which] - lengths[which] + rng.integers(0, lengths[which] - block_size)
+
+    def batch(self, split, starts, config, device):
+        which = np.searchsorted(self.ends[split], starts, side="right")
+        rows = torch.empty(2, len(starts), config.block_size, dtype=torch.int64)
+        for k, part in enumerate(self.parts):
+            mine = np.flatnonzero(which == k)
+            if len(mine):
+                own = starts[mine] - (self.ends[split][k] - len(part.splits[split]))
+                rows[:, mine] = torch.stack(part.batch(split, own, config, "cpu"))
+        return tuple(to_device(x, device) for x in rows)
+
+    def val_windows(self, batch_size, config, device, rank, world_size):
+        for part in self.parts:
+            yield from part.val_windows(batch_size, config, device, rank, world_size)
+
+
+def shares_of(dataset):
+    """{name: weight} of "a:0.7,b:0.3"; {} for the name of one data set."""
+    parts = [re.fullmatch(r"(.+):([\d.]+)", part.strip()) for part in dataset.split(",")]
+    if not all(parts):
+        return {}
+    shares = {part[1]: float(part[2]) for part in parts}
+    if len(shares) < len(parts) or not all(share > 0 for share in shares.values()):
+        raise DataError(f"--dataset={dataset}: each name once, with a weight above 0")
+    return shares
+
+
+def open_dataset(cfg):
+    """The data set that a TrainConfig names."""
+    if shares_of(cfg.dataset):
+        return Mixture(cfg)
+    return (RowDataset if "row_tokens" in load_meta(folder_of(cfg)) else TokenDataset)(cfg)
 
 
 def folder_of(cfg):
-    return (Path(cfg.data_dir) if cfg.data_dir else ROOT / "data") / cfg.dataset
+    """The data set's folder; of a mixture, that of its first part, for the tokenizer."""
+    name = next(iter(shares_of(cfg.dataset)), cfg.dataset)
+    return (Path(cfg.data_dir) if cfg.data_dir else ROOT / "data") / name
 
 
 def to_device(x, device):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import configurator
 from configurator import ConfigError
 from data.corpus import DataError, load_tokenizer
-from data.dataset import TokenDataset
+from data.dataset import open_dataset
 from kernels.e7 import SETS, SIMPLE, e7_roots
 from kernels.engram import SDROperations
 from kernels.wavekan import wavelet_bank
@@ -80,7 +80,7 @@ class Reading:
 
     def __init__(self, folder, kind, blocks=1):
         checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
-        data = TokenDataset(TrainConfig(**checkpoint["config"]))
+        data = open_dataset(TrainConfig(**checkpoint["config"]))
         self.model, self.modules = load(folder, kind)
         self.model.eval()
         T, text = self.model.config.block_size, data.splits["val"]
