@@ -63,6 +63,7 @@ class AblateConfig:
     learning_rates: str = ""  # with commas; empty = the recipe's own
     tune: bool = False  # each row at its own best learning rate, bracketed with seed 0; begins at the rates above
     grid: str = ""  # a sweep, FLAG:VALUES;FLAG:...: each row with each combination of the values
+    keep: bool = False  # every seed's last checkpoint, not only the best one of seed 0
     jobs: int = 1  # runs at a time; if more than one, with one thread each
     out_dir: str = "out-ablation"  # where runs lie
     time: bool = False  # measure the steps of finished rows that were not measured yet, and train nothing
@@ -378,7 +379,7 @@ def start(cfg, run):
         )  # fmt: skip
 
 
-def finish(run, status):
+def finish(cfg, run, status):
     """Read what an ended process left: mark a failure, delete what a success does not need. Returns a line on it."""
     wall = (read_json(run.folder / "wall.json") or {"seconds": 0.0})["seconds"] + time.monotonic() - run.began
     replace_file(run.folder / "wall.json", json.dumps({"seconds": round(wall, 1)}).encode())
@@ -390,10 +391,9 @@ def finish(run, status):
     run.read()
     if not run.is_done:
         return "stopped; the next call goes on with it"
-    for name in ("ckpt_last.pt", STABLE):
+    useless = ["ckpt.pt"] if cfg.keep else ["ckpt_last.pt"] + ["ckpt.pt"] * bool(run.seed)  # pictures need one per row
+    for name in (*useless, STABLE):
         (run.folder / name).unlink(missing_ok=True)
-    if run.seed:  # pictures need one checkpoint of a row
-        (run.folder / "ckpt.pt").unlink(missing_ok=True)
     return f"val loss {run.loss:.4f}, {run.speed:,.0f} tokens/s"
 
 
@@ -415,7 +415,7 @@ def train(cfg, runs):
             time.sleep(0.1)
             for process in [p for p in active if p.poll() is not None]:
                 run, ended = active.pop(process), ended + 1
-                print(f"[{ended}/{total}] {run}: {finish(run, process.returncode)}", flush=True)
+                print(f"[{ended}/{total}] {run}: {finish(cfg, run, process.returncode)}", flush=True)
     finally:  # Ctrl-C: runs save themselves
         for process in active:
             process.terminate()

@@ -10,14 +10,13 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
 from html.parser import HTMLParser
 
 import pytest
 from scipy import stats
 
 from configurator import ConfigError
-from helpers import ROOT, run_here as train_here
+from helpers import ROOT, TrainHere
 from lab import ablate
 from lab.ablate import AblateConfig, Difference, Run, difference, find_runs, front
 
@@ -61,18 +60,6 @@ def run_here(*words):
         return e.code
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class TrainHere:
-    """In subprocess.Popen's place: train.py in this process, which saves the seconds that importing torch takes."""
-
-    def __init__(self, command, stdout, **rest):
-        assert command[:2] == [sys.executable, str(ROOT / "train.py")]
-        with redirect_stdout(stdout):
-            self.returncode = train_here(*command[2:])
-
-    def poll(self):
-        return self.returncode
 
 
 @pytest.fixture
