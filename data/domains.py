@@ -21,6 +21,7 @@ from configurator import expand
 from data import corpus
 from data.corpus import DataError
 
+SHUFFLED = "_shuffled"  # how the names of controls end
 SHARE = 0.05  # of the bytes, of val and of test each; the rest is train
 
 
@@ -30,6 +31,7 @@ class DomainConfig:
 
     # -- domain -------------------------------------------------------------------------------------------------------
     out_dir: str | None = None  # where the data set goes; None: the script's folder
+    shuffled: bool = False  # the bytes of each document in random order: a control that has unigrams alone
     cap_mb: float = 40.0  # megabytes of text at most; of more, documents in the order of their sha256
 
     def __post_init__(self):
@@ -63,16 +65,17 @@ def cut(texts, most):
     return found
 
 
-def write_domain(out_dir, texts, most, source, **more):
+def write_domain(out_dir, texts, most, source, shuffled=False, **more):
     """Write the bytes of documents, each with its end, as a data set with a sealed test.bin; returns its meta.
 
     more: further fields of meta.json.
     """
-    tokenizer, splits = corpus.build_tokenizer("byte"), cut(texts, most)
-    ids = {
-        split: np.concatenate([[*tokenizer.encode(text), tokenizer.eot] for text in documents])
-        for split, documents in splits.items()
-    }
+    tokenizer, splits, rng = corpus.build_tokenizer("byte"), cut(texts, most), np.random.default_rng(0)
+    ids = {}
+    for split, documents in splits.items():
+        encoded = [np.array(tokenizer.encode(text)) for text in documents]
+        encoded = [rng.permutation(each) for each in encoded] if shuffled else encoded
+        ids[split] = np.concatenate([part for each in encoded for part in (each, [tokenizer.eot])])
     files = {f"{split}.bin": corpus.to_bytes(each, tokenizer.vocab_size) for split, each in ids.items()}
     tokens = {split: len(each) for split, each in ids.items()}
     text_bytes = {split: sum(map(size_of, documents)) for split, documents in splits.items()}
@@ -152,7 +155,9 @@ def prepare(script, documents, doc, argv=None):
         config = configurator.read(sys.argv[1:] if argv is None else argv, DomainConfig, doc=doc).build(DomainConfig)
         out_dir = Path(expand(config.out_dir)) if config.out_dir else script.parent
         texts, source, more = documents()
-        meta = write_domain(out_dir, texts, 1e6 * config.cap_mb, source, **more)
+        if config.shuffled and not out_dir.name.endswith(SHUFFLED):
+            raise DataError(f"--shuffled needs an --out_dir whose name ends with {SHUFFLED}: data/drama{SHUFFLED}")
+        meta = write_domain(out_dir, texts, 1e6 * config.cap_mb, source, config.shuffled, **more)
         for split in ("train", "val", "test"):
             print(f"{split} {meta[f'{split}_tokens']:,} bytes of {meta['documents'][split]} documents")
         print(f"{source} -> {out_dir}; test.bin is sealed: python -m lab.trial --reveal opens it")

@@ -38,6 +38,7 @@ from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 from subprocess import DEVNULL, Popen
+from typing import Literal
 
 import numpy as np
 
@@ -63,8 +64,8 @@ class AblateConfig:
     learning_rates: str = ""  # with commas; empty = the recipe's own
     tune: bool = False  # each row at its own best learning rate, bracketed with seed 0; begins at the rates above
     grid: str = ""  # a sweep, FLAG:VALUES;FLAG:...: each row with each combination of the values
+    keep: Literal["one", "best", "last"] = "one"  # checkpoints: the best of seed 0 | every seed's best | last
     jobs: int = 1  # runs at a time; if more than one, with one thread each
-    keep_checkpoints: bool = False  # of all seeds; otherwise a row's first seed keeps one, for pictures
     out_dir: str = "out-ablation"  # where runs lie
     time: bool = False  # measure the steps of finished rows that were not measured yet, and train nothing
     report: bool = False  # write the results of finished runs, and train nothing
@@ -391,10 +392,9 @@ def finish(cfg, run, status):
     run.read()
     if not run.is_done:
         return "stopped; the next call goes on with it"
-    for name in ("ckpt_last.pt", STABLE):
+    kept = {"one": "ckpt.pt" if run.seed == 0 else None, "best": "ckpt.pt", "last": "ckpt_last.pt"}[cfg.keep]
+    for name in {"ckpt.pt", "ckpt_last.pt", STABLE} - {kept}:
         (run.folder / name).unlink(missing_ok=True)
-    if run.seed and not cfg.keep_checkpoints:
-        (run.folder / "ckpt.pt").unlink(missing_ok=True)
     return f"val loss {run.loss:.4f}, {run.speed:,.0f} tokens/s"
 
 
@@ -778,6 +778,28 @@ def machine_of(run):
     return ", ".join(words + [on] * (on != "cpu"))
 
 
+COSTS_ARE = (
+    "Speed: training steps in the time of one of the baseline's, taking turns, median and quartiles of rounds "
+    "(`--time`); with a ~, what runs logged while they trained, which other work on the machine disturbs. Memory: "
+    "the peak of a fresh process over what code alone takes."
+)
+AT_THE_TIME = (
+    "Loss after the time that the baseline needs to its end, by the speeds above, between evaluations by "
+    "straight lines. A slower row is cut off before its learning rate has decayed; a schedule of that length "
+    "would do better."
+)
+
+
+def how_tuned(rows, found):
+    """What the table of tuned rows shows; found: `best_rates`."""
+    searched = {row: sorted(found[row]["losses"]) for row in sorted(rows) if len(found[row]["losses"]) > 1}
+    return (
+        "Each row at its best learning rate by mean loss, of those with the row's most seeds. Tried: "
+        + "; ".join(f"{row} {', '.join(f'{lr:g}' for lr in rates)}" for row, rates in searched.items())
+        + ". *unbracketed*: no lower or no higher rate was found worse, so a better one may lie outside. "
+    )
+
+
 def sections(cfg, runs):
     """[(title, remark, table)] of the report."""
     columns = columns_of(cfg, runs)
@@ -785,40 +807,16 @@ def sections(cfg, runs):
         raise ConfigError(f"{cfg.out_dir}: nothing at these learning rates; give --learning_rates")
     found, parts = best_rates(runs), []
     for name, rows in columns.items():
-        remark = ""
-        if name == "tuned":
-            searched = {row: sorted(found[row]["losses"]) for row in sorted(rows) if len(found[row]["losses"]) > 1}
-            remark = (
-                "Each row at its best learning rate by mean loss, of those with the row's most seeds. Tried: "
-                + "; ".join(f"{row} {', '.join(f'{lr:g}' for lr in rates)}" for row, rates in searched.items())
-                + ". *unbracketed*: no lower or no higher rate was found worse, so a better one may lie outside. "
-            )
-        parts.append(
-            (
-                f"Loss, {name}",
-                remark + smallest_effect(gaps_of(rows)),
-                quality(rows, found if name == "tuned" else None),
-            )
-        )
-    name, rows = list(columns.items())[-1]
+        remark, rates = (how_tuned(rows, found), found) if name == "tuned" else ("", None)
+        parts.append((f"Loss, {name}", remark + smallest_effect(gaps_of(rows)), quality(rows, rates)))
     timings = read_json(cfg.timings) or {}
-    remark = (
-        "Speed: training steps in the time of one of the baseline's, taking turns, median and quartiles of rounds "
-        "(`--time`); with a ~, what runs logged while they trained, which other work on the machine disturbs. Memory: "
-        "the peak of a fresh process over what code alone takes."
-    )
     every = dict(sorted({row: runs for column in columns.values() for row, runs in column.items()}.items()))
-    parts.append(("Cost", remark, costs(every, timings)))
+    parts.append(("Cost", COSTS_ARE, costs(every, timings)))
     if BASELINE in rows:
-        alike = quality(matched(rows), found if name == "tuned" else None)
-        seen = smallest_effect(gaps_of(matched(rows)))
-        parts.append((f"Matched parameters, {name}", f"Rows within 5 % of the baseline's parameters. {seen}", alike))
-        remark = (
-            "Loss after the time that the baseline needs to its end, by the speeds above, between evaluations by "
-            "straight lines. A slower row is cut off before its learning rate has decayed; a schedule of that length "
-            "would do better."
-        )
-        parts.append((f"Matched time, {name}", remark, at_the_baselines_time(rows, timings)))
+        alike = matched(rows)
+        remark = f"Rows within 5 % of the baseline's parameters. {smallest_effect(gaps_of(alike))}"
+        parts.append((f"Matched parameters, {name}", remark, quality(alike, rates)))
+        parts.append((f"Matched time, {name}", AT_THE_TIME, at_the_baselines_time(rows, timings)))
     return parts
 
 

@@ -59,6 +59,11 @@ def of_config(config_items, optimizer):
         return {"model": sha256(*texts_of(model_files())), "of": "model.py and kernels/"}
 
 
+@cache
+def of_loop():
+    return sha256(*texts_of(LOOP))
+
+
 def source(config, optimizer="adamw"):
     """{"model", "of", "loop"}: what a run of this GPTConfig that starts now is made by.
 
@@ -67,7 +72,7 @@ def source(config, optimizer="adamw"):
     if on_disk() != IMPORTED:
         raise ConfigError("model.py, kernels/, train.py or data/ changed since this command began: start it again")
     items = tuple((name, value) for name, value in vars(config).items() if name in config.__dataclass_fields__)
-    return of_config(items, optimizer) | {"loop": sha256(*texts_of(LOOP))}
+    return of_config(items, optimizer) | {"loop": of_loop()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

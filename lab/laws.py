@@ -68,13 +68,8 @@ def factors(K, L_b, L_v):
     return np.exp((np.log(gap_b) - np.log(gap_v)) / alpha[:, None])
 
 
-def speedup(baseline, variant, resamples=2000, seed=0, level=0.95):
-    """{K: {"m", "low", "high"}}: how many times the baseline's compute the variant is worth, with intervals.
-
-    Both are {K: [loss per seed]} over the same three sizes or more, two seeds each at least. Seeds are resampled within
-    sizes, and the law refitted each time. Few seeds show too little spread: deviations of log m are widened by the
-    t quantile over the normal one, with as many degrees of freedom as the two groups leave, and by sqrt(n / (n - 1)).
-    """
+def resampled(baseline, variant, resamples, seed, level):
+    """(K, log m, its resampled deviations (resamples, R), how much wider each must be, (R,))."""
     K = sorted(baseline)
     if sorted(variant) != K or min(len(each[k]) for each in (baseline, variant) for k in K) < 2:
         raise ValueError("baseline and variant need the same sizes and two seeds or more for each")
@@ -87,11 +82,50 @@ def speedup(baseline, variant, resamples=2000, seed=0, level=0.95):
     means = [np.array([[np.mean(each[k]) for k in K]]) for each in (baseline, variant)]
     m = np.log(factors(K, *means))[0]
     deviations = np.log(factors(K, drawn(baseline), drawn(variant))) - m
-    found = {}
-    for r, k in enumerate(K):
-        n_b, n_v = len(baseline[k]), len(variant[k])
-        wide = stats.t.ppf((1 + level) / 2, n_b + n_v - 2) / stats.norm.ppf((1 + level) / 2)
-        wide *= np.sqrt((n_b + n_v) / (n_b + n_v - 2))
-        low, high = np.quantile(deviations[:, r], [(1 - level) / 2, (1 + level) / 2]) * wide
-        found[k] = {"m": float(np.exp(m[r])), "low": float(np.exp(m[r] + low)), "high": float(np.exp(m[r] + high))}
-    return found
+    n = np.array([len(baseline[k]) + len(variant[k]) for k in K])
+    wide = stats.t.ppf((1 + level) / 2, n - 2) / stats.norm.ppf((1 + level) / 2) * np.sqrt(n / (n - 2))
+    return K, m, deviations, wide
+
+
+def speedup(baseline, variant, resamples=2000, seed=0, level=0.95):
+    """{K: {"m", "low", "high"}}: how many times the baseline's compute the variant is worth, with intervals.
+
+    Both are {K: [loss per seed]} over the same three sizes or more, two seeds each at least. Seeds are resampled within
+    sizes, and the law refitted each time. Few seeds show too little spread: deviations of log m are widened by the
+    t quantile over the normal one, with as many degrees of freedom as the two groups leave, and by sqrt(n / (n - 1)).
+    """
+    K, m, deviations, wide = resampled(baseline, variant, resamples, seed, level)
+    ends = np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2], axis=0) * wide + m
+    low, high = np.exp(ends)
+    return {k: {"m": float(np.exp(m[r])), "low": float(low[r]), "high": float(high[r])} for r, k in enumerate(K)}
+
+
+def trend(baseline, variant, resamples=2000, seed=0, level=0.95):
+    """{"slope", "low", "high", "even"}: of log m over log K, and the K at which that line has m = 1 (None: nowhere)."""
+    K, m, deviations, wide = resampled(baseline, variant, resamples, seed, level)
+    x = np.log(np.asarray(K, float))
+    slopes = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    slope = float(slopes @ m)
+    low, high = np.quantile(deviations @ slopes, [(1 - level) / 2, (1 + level) / 2]) * wide.max() + slope
+    cross = x.mean() - m.mean() / slope if slope else np.inf
+    even = float(np.exp(cross)) if abs(cross - x.mean()) < 50 else None
+    return {"slope": slope, "low": float(low), "high": float(high), "even": even}
+
+
+MOST_SEEDS = 100  # beyond which the number that a decision would take is not worth telling
+
+
+def verdict(found, line, seeds):
+    """
+    What speedups {K: {"m", "low", "high"}} and their `trend` say of an idea: holds, grows, fades, loses, or undecided
+    with the seeds per size that it would take, given how many there were.
+    """
+    if all(each["high"] < 1 for each in found.values()):
+        return "loses"
+    if line["high"] < 0:
+        return f"fades (m = 1 at K = {line['even']:.2g})" if line["even"] else "fades"
+    if all(each["low"] > 1 for each in found.values()):
+        return "grows" if line["low"] > 0 else "holds"
+    halves = [np.log(each["high"] / each["low"]) / 2 / max(abs(np.log(each["m"])), 1e-9) for each in found.values()]
+    needed = seeds * max(halves) ** 2
+    return f"undecided (needs {needed:.0f} seeds)" if needed <= MOST_SEEDS else "undecided (no effect in sight)"

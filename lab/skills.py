@@ -142,7 +142,7 @@ def folders(cfg, task, skill):
 def ablate_config(cfg, task):
     folder = Path(cfg.out_dir) / task
     return AblateConfig(recipe=str(folder / "recipe.py"), jobs=cfg.jobs, out_dir=str(folder), docs=cfg.out_dir,
-                        keep_checkpoints=True)  # fmt: skip
+                        keep="best")  # fmt: skip
 
 
 def words_without_positions(config):

@@ -1,0 +1,370 @@
+"""
+Claim cards: what a trial found, as docs/claims/NAME.json and the same in words beside it.
+
+Differences are losses of the idea minus its baseline's, in nats per token, paired by seed: negative is better.
+"""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from data.domains import SHUFFLED
+from data.files import replace_file
+from lab import stats
+from lab.ablate import LEAST_SEEDS, difference, markdown, write_between_marks
+from lab.pictures import TIGHT, png, pyplot
+
+SIGNIFICANT = 0.05
+
+
+def gap(idea, baseline):
+    """The comparison of {seed: loss} with {seed: loss}, as a card keeps it; None without two seeds in common."""
+    seeds = sorted(idea.keys() & baseline.keys())
+    if len(seeds) < 2:
+        return None
+    found = difference(idea, baseline)
+    return {"difference": found.mean, "half": found.half, "p": found.p, "n": found.n, "seeds": seeds,
+            "idea": [idea[seed] for seed in seeds], "baseline": [baseline[seed] for seed in seeds]}  # fmt: skip
+
+
+def expected_best(losses):
+    """[the expected best of n trials drawn from these, n = 1, 2, ...]: whether a lead depends on how much was tuned."""
+    ordered, m = sorted(losses), len(losses)
+    weights = [[((m - i) / m) ** n - ((m - i - 1) / m) ** n for i in range(m)] for n in range(1, m + 1)]
+    return [sum(w * loss for w, loss in zip(row, ordered) if w) for row in weights]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts.
+
+
+def confirmed(card):
+    """{(baseline, domain): (gap, "test" or "val")}: what was confirmed, on the test split where it was revealed."""
+    found = {}
+    for name, each in card["baselines"].items():
+        for domain, splits in each["confirm"].items():
+            if is_control(domain):
+                continue
+            split = "test" if splits["test"] else "val"
+            if splits[split]:
+                found[name, domain] = splits[split], split
+    return found
+
+
+def is_control(domain):
+    """Whether a text is shuffled: an idea that is better there is better at unigrams, and no verdict counts it."""
+    return domain.endswith(SHUFFLED)
+
+
+def judged(card, others=()):
+    """{(baseline, domain): "better", "worse" or ""} by Holm's correction over the card's family, and that of others.
+
+    Fewer than three seeds give no verdict.
+    """
+    ours = {key: each for key, (each, _) in confirmed(card).items() if each["n"] >= LEAST_SEEDS}
+    rest = [each["p"] for other in others for each, _ in confirmed(other).values() if each["n"] >= LEAST_SEEDS]
+    corrected = stats.holm([each["p"] for each in ours.values()] + rest)
+    return {
+        key: {"holm": p, "verdict": "" if p >= SIGNIFICANT else "better" if each["difference"] < 0 else "worse"}
+        for (key, each), p in zip(ours.items(), corrected)
+    }
+
+
+def verdicts(card, others=()):
+    """{baseline: a few words}: helps only where it is better on some text and worse on none."""
+    found = {}
+    corrected, measured = judged(card, others), confirmed(card)
+    for name in card["baselines"]:
+        said = [each["verdict"] for (of, _), each in corrected.items() if of == name]
+        gaps = [each for (of, _), each in measured.items() if of == name]
+        if not said:
+            found[name] = "undecided: not confirmed"
+            continue
+        doubtful = any(each["difference"] > 0 and each["p"] < SIGNIFICANT for each, _ in gaps)
+        if "better" in said:
+            found[name] = "mixed" if "worse" in said or doubtful else "helps"
+        elif "worse" in said:
+            found[name] = "hurts"
+        else:
+            found[name] = f"no effect above {statistics.median(each['half'] for each, _ in gaps):.4f} nats"
+        found[name] += " (val: the test split is sealed)" * any(split == "val" for _, split in gaps)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words.
+
+
+def cell(found):
+    return "" if found is None else f"{found['difference']:+.4f} ± {found['half']:.4f} ({found['n']})"
+
+
+def times(ratio):
+    return f"{ratio:.2f}x"
+
+
+def survival(card):
+    """The share of the gain on M0 that is left on M2; None where one was not run, or M0 shows no gain."""
+    gaps = {name: each["select"] for name, each in card["baselines"].items()}
+    was, now = gaps.get("M0"), gaps.get("M2")
+    if not was or not now or was["difference"] + was["half"] >= 0:
+        return None
+    return now["difference"] / was["difference"]
+
+
+def comparisons(card):
+    """The table of differences, one line per baseline and text."""
+    corrected, said, lines = judged(card), verdicts(card), []
+    for name, each in card["baselines"].items():
+        for domain, splits in each["confirm"].items() or {"": {"val": None, "test": None}}.items():
+            p = corrected.get((name, domain))
+            lines.append({
+                "baseline": name, "text": domain, "selected": cell(each["select"]),
+                "confirmed, val": cell(splits["val"]), "confirmed, test": cell(splits["test"]),
+                "Holm p": f"{p['holm']:.3f}" if p else "", "verdict": "control" if is_control(domain) else said[name],
+            })  # fmt: skip
+    return [{name: (text, None) for name, text in line.items()} for line in lines]
+
+
+def costs(card):
+    lines = []
+    for name, each in card["baselines"].items():
+        speed = ", ".join(
+            f"{r} {s['speed']:.2f}x ({s['low']:.2f} to {s['high']:.2f})" for r, s in each["speed"].items()
+        )
+        memory = each["memory_mb"]
+        lines.append({
+            "baseline": name, "parameters": times(each["parameters"]), "FLOPs per token": times(each["flops"]),
+            "state, bytes": f"{each['state_bytes']['idea']:,} for {each['state_bytes']['baseline']:,}",
+            "peak MB": f"{memory['idea']:,.0f} for {memory['baseline']:,.0f}" if memory else "",
+            "training speed": speed,
+        })  # fmt: skip
+    return [{name: (text, None) for name, text in line.items()} for line in lines]
+
+
+def ladders(card):
+    lines = []
+    for name, each in card["ladder"].items():
+        for K, m in each["speedup"].items():
+            lines.append({
+                "baseline": name, "over": each["over"], "K": f"{float(K):.3g}",
+                "m": f"{m['m']:.2f} ({m['low']:.2f} to {m['high']:.2f})",
+                "w": f"{m['w']:.2f}" if m["w"] is not None else "", "verdict": each["verdict"],
+            })  # fmt: skip
+    return [{name: (text, None) for name, text in line.items()} for line in lines]
+
+
+def tunings(card):
+    """Sentences on the rates that were tried."""
+    told = []
+    for name, each in card["baselines"].items():
+        for row, tried in (each["tuning"] or {}).items():
+            rates = ", ".join(f"{lr:g}" for lr in sorted(map(float, tried["losses"])))
+            best = ", ".join("diverged" if loss is None else f"{loss:.4f}" for loss in tried["expected_best"])
+            state = "tuned" if tried["is_bracketed"] else "unbracketed"
+            told.append(f"- {name}, {row}: {state}, {tried['best']:g} of {rates}; expected best of n trials: {best}")
+    return told
+
+
+def text_of(card):
+    """The card in words."""
+    said = verdicts(card)
+    parts = [
+        f"# {card['name']}",
+        "; ".join(f"**{name}**: {words}" for name, words in said.items()) + ".",
+        f"`{card['flags']}`, {card['date']}. Made by `{card['command']}`; model {card['source']['model'][:12]} "
+        f"(of {card['source']['of']}), training loop {card['source']['loop'][:12]}; {card['machine']}, "
+        f"{card['dtype']}, torch {card['torch']}.",
+        "Loss of the idea minus its baseline's, nats per token, paired by seed, ± a 95 % t interval (seeds). Selected "
+        "on other seeds than confirmed; Holm's correction is over this card.",
+        markdown(comparisons(card)),
+        "Costs, idea over baseline; speed: training steps in the time of one of the baseline's, taking turns on one "
+        "machine and one thread, median and quartiles.",
+        markdown(costs(card)),
+    ]
+    if any(each["parameters"] > 1.01 or each["parameters"] < 0.99 for each in card["baselines"].values()):
+        parts.append("**Parameters differ by more than 1 %**: part of a difference may be due to size.")
+    if lines := ladders(card):
+        parts += [
+            "Effective speedup: the baseline would need m times the tokens to be as good, w = m times the speed. K in "
+            "tokens; over: sizes of the ladder, or lengths of training at one size.",
+            markdown(lines),
+            f"![Loss of {card['name']} and its baselines over tokens](../img/claim-{card['name']}.png)",
+        ]
+    parts += ["Rates:\n\n" + "\n".join(tunings(card))] if tunings(card) else []
+    parts += ["Repeated text: " + "; ".join(card["repeated"]) + "."] if card["repeated"] else []
+    looked = [f"{d} on {r['date']}, sha256 {r['sha256'][:12]}, {r['looks']} look(s) so far" for d, r in
+              card["revealed"].items()]  # fmt: skip
+    parts += ["Test splits opened: " + "; ".join(looked) + "."] if looked else []
+    parts += [f"Skills:\n\n```\n{card['skills'].strip()}\n```"] if card["skills"] else []
+    parts += ["Left out: " + "; ".join(card["left_out"]) + "."] if card["left_out"] else []
+    parts += [f"Contradicts: {card['contradicts']}"] if card["contradicts"] else []
+    return "\n\n".join(parts) + "\n"
+
+
+def write(folder, card):
+    """NAME.json and NAME.md; what was written by hand into "contradicts" stays."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{card['name']}.json"
+    if path.exists():
+        card = card | {"contradicts": json.loads(path.read_text(encoding="utf-8"))["contradicts"]}
+    replace_file(path, (json.dumps(finite(card), indent=1) + "\n").encode())
+    card = finite(card)
+    if card["ladder"]:
+        draw(folder, f"claim-{card['name']}", picture_ladder(card))
+    replace_file(path.with_suffix(".md"), text_of(card).encode())
+    return path.with_suffix(".md")
+
+
+def draw(folder, name, figure):
+    """Write img/NAME.png beside the folder of the cards."""
+    images = Path(folder).parent / "img"
+    images.mkdir(parents=True, exist_ok=True)
+    replace_file(images / f"{name}.png", png(figure))
+
+
+def finite(value):
+    """The same with None for numbers that JSON lacks: the loss of what diverged."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures, legible at the width of a telephone.
+
+
+def spread_out(heights, least):
+    """The same heights, moved apart until neighbours are `least` from each other: where labels go."""
+    order, placed = np.argsort(heights), np.array(heights, float)
+    for lower, upper in zip(order, order[1:]):
+        placed[upper] = max(placed[upper], placed[lower] + least)
+    return placed
+
+
+def picture_ladder(card):
+    """Loss over tokens of an idea and its baseline, both logarithmic, with 95 % t intervals and the baseline's law."""
+    figure, panels = pyplot().subplots(
+        len(card["ladder"]), 1, figsize=(6, 4 * len(card["ladder"])), squeeze=False, **TIGHT
+    )
+    for axes, (name, ladder) in zip(panels[:, 0], card["ladder"].items()):
+        E, A, alpha = (ladder["law"][key] for key in ("E", "A", "alpha"))
+        K = sorted(map(float, ladder["losses"]["baseline"]))
+        x = np.geomspace(K[0] / 1.3, K[-1] * 1.3)
+        axes.plot(x, E + A * x**-alpha, color="grey", lw=1, label=f"law: {E:.2f} + {A:.3g} K$^{{-{alpha:.2f}}}$")
+        for row, colour in (("baseline", "black"), (card["name"], "tab:orange")):
+            each = {float(k): losses for k, losses in ladder["losses"][row].items()}
+            means = [np.mean(each[k]) for k in K]
+            halves = [stats.smallest_effect(each[k]) for k in K]
+            label = f"baseline {name}" if row == "baseline" else row
+            axes.errorbar(K, means, halves, fmt="o-", ms=4, capsize=3, color=colour, label=label)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="val loss, nats per token")
+        axes.set_title(f"{card['name']} on {name}, {ladder['over']}: {ladder['verdict']}", fontsize=10)
+        axes.yaxis.set_major_formatter("{x:.2f}")
+        axes.yaxis.set_minor_formatter("{x:.2f}")
+        axes.legend(fontsize=9)
+        axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def picture_speedup(cards):
+    """What each idea is worth in tokens of its baseline, over size, with 95 % intervals; the baseline is the line 1."""
+    lines = [
+        (f"{card['name']} on {name}", {float(k): m for k, m in ladder["speedup"].items()})
+        for card in cards
+        for name, ladder in card["ladder"].items()
+    ]
+    figure, axes = pyplot().subplots(figsize=(6, 4.5), **TIGHT)
+    axes.axhline(1, color="black", lw=1, label="baseline")
+    for number, (label, found) in enumerate(lines):
+        K = np.array(sorted(found))
+        m, low, high = (np.array([found[k][key] for k in K]) for key in ("m", "low", "high"))
+        moved = K * 1.03 ** (number - len(lines) / 2)  # intervals beside each other
+        axes.errorbar(moved, m, [m - low, high - m], fmt="o-", ms=4, capsize=3, label=label, color=f"C{number % 10}")
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the baseline", ylabel="effective speedup in tokens")
+    axes.set_title("Effective speedup over size", fontsize=10)
+    low, high = axes.get_ylim()
+    ticks = [m for m in (0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1, 1.2, 1.5, 2, 3, 5, 10) if low <= m <= high]
+    axes.set_yticks(ticks, [f"{m:g}" for m in ticks])
+    axes.set_yticks([], minor=True)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    return figure
+
+
+def picture_survival(cards):
+    """Each idea's difference to its baseline from M0 to M2, with 95 % intervals; the baselines are the line 0."""
+    figure, axes = pyplot().subplots(figsize=(6, 4.5), **TIGHT)
+    rungs = ("M0", "M1", "M2")
+    axes.axhline(0, color="black", lw=1)
+    ends = []
+    for number, card in enumerate(cards):
+        gaps = {i: card["baselines"][name]["select"] for i, name in enumerate(rungs) if name in card["baselines"]}
+        gaps = {i: each for i, each in gaps.items() if each}
+        if not gaps:
+            continue
+        x, colour = [i + 0.02 * (number - len(cards) / 2) for i in gaps], f"C{number % 10}"
+        means, halves = ([each[key] for each in gaps.values()] for key in ("difference", "half"))
+        axes.errorbar(x, means, halves, fmt="o-", ms=4, capsize=3, color=colour)
+        ends.append((means[-1], card["name"], colour))
+    low, high = axes.get_ylim()
+    heights = spread_out([0.0, *(end for end, _, _ in ends)], 0.05 * (high - low))
+    for height, (_, name, colour) in zip(heights, [(0.0, "baseline", "black"), *ends]):
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(2.15, height, name, color=colour, fontsize=9, va="center", bbox=box)
+    axes.set_ylim(min(low, *heights), max(high, *heights) + 0.03 * (high - low))
+    axes.set_xticks(range(3), rungs)
+    axes.set(xlim=(-0.2, 2.9), ylabel="loss minus the baseline's, nats per token")
+    axes.set_title("What is left of an idea on a better baseline", fontsize=10)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All cards in one table.
+
+
+def cards_in(folder):
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+
+
+def table(cards):
+    """The README's table: a line per card, Holm's correction over all of them, best on the last baseline first."""
+    lines = []
+    for card in cards:
+        said = verdicts(card, [other for other in cards if other is not card])
+        last = list(card["baselines"].values())[-1]
+        order = last["select"]["difference"] if last["select"] else math.inf
+        cells = {"idea": f"[{card['name']}](docs/claims/{card['name']}.md)"}
+        for name in ("M0", "M1", "M2"):
+            each = card["baselines"].get(name)
+            cells[f"on {name}"] = f"{cell(each['select'])} {said[name]}".strip() if each else ""
+        share = survival(card)
+        cells["survives"] = "" if share is None else f"{share:.0%}"
+        ladder = [f"{name} {each['verdict']}" for name, each in card["ladder"].items()]
+        cells["effective speedup"] = "; ".join(ladder)
+        lines.append((order, {name: (text, None) for name, text in cells.items()}))
+    return [cells for _, cells in sorted(lines, key=lambda line: line[0])]
+
+
+def table_text(folder):
+    """The Markdown between README's marks "claims"; "" without cards."""
+    cards = cards_in(folder)
+    return markdown(table(cards)) if cards else ""
+
+
+def write_table(readme, folder):
+    """Put it there, and pictures of all cards into img/; whether there are cards."""
+    text, cards = table_text(folder), cards_in(folder)
+    if text:
+        write_between_marks(Path(readme), "claims", text)
+        draw(folder, "claims-survival", picture_survival(cards))
+    if any(card["ladder"] for card in cards):
+        draw(folder, "claims-speedup", picture_speedup(cards))
+    return bool(text)
