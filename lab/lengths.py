@@ -56,15 +56,20 @@ def loss_at(model, tokens, T):
     return mean.mean().item(), mean[-block:].mean().item()
 
 
-def measure(folder, cfg):
-    """{length: (all, last)} of a run's best checkpoint."""
+def open_run(folder, data_dir=""):
+    """(the model of a run's best checkpoint, for evaluation, the folder of its data). ConfigError without one."""
     path = find_checkpoint(folder, best=True)
     if path is None:
         raise ConfigError(f"{folder}: no checkpoint there")
     checkpoint = load_checkpoint(path)
-    model = GPT.from_checkpoint(checkpoint).eval()
     trained = checkpoint.get("config", {})
-    data = Path(cfg.data_dir or trained.get("data_dir") or ROOT / "data") / trained.get("dataset", "")
+    data = Path(data_dir or trained.get("data_dir") or ROOT / "data") / trained.get("dataset", "")
+    return GPT.from_checkpoint(checkpoint).eval(), data
+
+
+def measure(folder, cfg):
+    """{length: (all, last)} of a run's best checkpoint."""
+    model, data = open_run(folder, cfg.data_dir)
     tokens = torch.from_numpy(open_split(data, "val", load_meta(data))[: cfg.tokens].astype("int64"))
     found, T = {}, model.config.block_size
     while cfg.longest * model.config.block_size >= T and len(tokens) > T:

@@ -317,8 +317,8 @@ def against_state(records):
             axes.annotate(row, (size, accuracy), fontsize=6, xytext=(3, 3), textcoords="offset points")
         axes.set(xscale="log", ylim=(-0.05, 1.1), title=task)
         axes.grid(alpha=0.3)
-    figure.supxlabel("bytes of the state after a row")
-    figure.supylabel("share of answers that are right")
+    figure.supxlabel("bytes of the state after a row", fontsize=8)
+    figure.supylabel("share of answers that are right", fontsize=8)
     return figure
 
 

@@ -1,5 +1,5 @@
 """
-How sure a comparison is: paired and Welch's intervals (scipy), and corrections for many comparisons.
+How sure a comparison is: paired and Welch's intervals (scipy), corrections for many comparisons, rank correlation.
 
 Differences are ours minus the baseline's, in nats: negative is better.
 """
@@ -57,3 +57,21 @@ def smallest_effect(differences, level=0.95):
     """What a comparison with the spread of these paired differences could just tell from nothing: half its interval."""
     n = len(differences)
     return stats.t.ppf((1 + level) / 2, n - 1) * np.std(differences, ddof=1) / math.sqrt(n) if n > 1 else math.inf
+
+
+def kendall(scores, gains, resamples=2000, seed=0, level=0.95):
+    """(tau, low, high) of Kendall's rank correlation over rows, tau-b; the interval is a bootstrap's over rows.
+
+    Whether a probe predicts: `scores` of its rows and what they gain elsewhere, such as log m of a ladder. A probe
+    whose interval contains 0 is not predictive. ValueError for fewer than four rows, or where all rows are equal.
+    """
+    scores, gains = np.asarray(scores, float), np.asarray(gains, float)
+    if scores.shape != gains.shape or scores.ndim != 1 or len(scores) < 4:
+        raise ValueError(f"kendall needs four or more pairs, not {scores.shape} and {gains.shape}")
+    if np.ptp(scores) == 0 or np.ptp(gains) == 0:
+        raise ValueError("kendall ranks rows, and all of these are equal")
+    drawn = np.random.default_rng(seed).integers(len(scores), size=(resamples, len(scores)))
+    drawn = [at for at in drawn if np.ptp(scores[at]) and np.ptp(gains[at])]  # a draw of equals has no ranks
+    taus = [stats.kendalltau(scores[at], gains[at]).statistic for at in drawn]
+    low, high = np.quantile(taus, [(1 - level) / 2, (1 + level) / 2])
+    return float(stats.kendalltau(scores, gains).statistic), float(low), float(high)

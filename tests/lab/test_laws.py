@@ -7,7 +7,7 @@ import pytest
 from scipy import optimize
 
 from lab.laws import LEAST_E, fit, speedup
-from lab.stats import benjamini_hochberg, holm, paired, smallest_effect, welch
+from lab.stats import benjamini_hochberg, holm, kendall, paired, smallest_effect, welch
 
 K = np.array([2e6, 5e6, 12e6, 26e6])
 E, A, ALPHA = 1.0, 60.0, 0.28
@@ -92,3 +92,31 @@ def test_a_family_of_null_comparisons_is_seldom_called_different():
         min(holm([paired(rng.normal(size=5), rng.normal(size=5))[3] for _ in range(20)])) < 0.05 for _ in range(60)
     ]
     assert np.mean(false) <= 0.15
+
+
+def test_kendall_counts_pairs():
+    """tau is the share of pairs in the same order minus that in the other; the interval holds it and ends at 1."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=12), rng.normal(size=12)
+    signs = [np.sign((x[i] - x[j]) * (y[i] - y[j])) for i in range(12) for j in range(i)]
+    tau, low, high = kendall(x, y, resamples=100)
+    assert tau == pytest.approx(np.mean(signs)) and -1 <= low <= tau <= high <= 1
+    assert kendall(x, np.exp(x), resamples=50) == pytest.approx((1, 1, 1))
+
+
+def test_kendall_tells_a_probe_that_predicts_from_one_that_does_not():
+    rng = np.random.default_rng(1)
+    gains = rng.normal(size=16)
+    assert kendall(gains + 0.2 * rng.normal(size=16), gains, resamples=100)[1] > 0.3
+    noise = [kendall(rng.normal(size=16), gains, 60) for _ in range(10)]
+    assert sum(not low <= 0 <= high for _, low, high in noise) <= 2
+
+
+@pytest.mark.parametrize("scores, gains, told", [
+    ([1, 2, 3], [1, 2, 3], "four or more"),
+    ([1, 2, 3, 4], [1, 2, 3], "four or more"),
+    ([1] * 5, range(5), "all of these"),
+])  # fmt: skip
+def test_kendall_refuses(scores, gains, told):
+    with pytest.raises(ValueError, match=told):
+        kendall(scores, gains)
