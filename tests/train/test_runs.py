@@ -21,6 +21,7 @@ import sample
 import train
 from configurator import ConfigError
 from data import corpus
+from data.dataset import TokenDataset
 from data.files import is_file, locked
 from data.runs import keep_previous, open_metrics
 from helpers import DRIVER, PATIENCE, ROOT, error_of, flags, history, run_here, wait_for
@@ -458,9 +459,6 @@ def test_torchrun_tells_an_error_once(shakespeare, tmp_path):
 # Signals.
 
 
-TokenDataset = train.TokenDataset  # the real one
-
-
 class Slow:
     """A data set whose every batch takes a while, so that an evaluation lasts."""
 
@@ -477,7 +475,7 @@ class Slow:
 
 @pytest.mark.slow
 def test_ctrl_c_is_answered_during_an_evaluation(shakespeare, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(train, "TokenDataset", lambda cfg: Slow(TokenDataset(cfg), 0.1))
+    monkeypatch.setattr(train, "open_dataset", lambda cfg: Slow(TokenDataset(cfg), 0.1))
     out = tmp_path / "out"
     signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, 2)

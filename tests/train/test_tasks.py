@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from data.corpus import DataError
-from data.dataset import TRAIN, RowDataset, has_rows
+from data.dataset import TRAIN, RowDataset, open_dataset
 from data.skills import prepare, tasks
 from data.skills.tasks import TASKS
 from helpers import TIMING, TINY, error_of, flags, history, run_here, same
@@ -260,7 +260,7 @@ def config_of(rows, **given):
 
 def test_rows_are_read_whole_with_their_own_targets(rows):
     cfg = config_of(rows)
-    assert has_rows(cfg)
+    assert isinstance(open_dataset(cfg), RowDataset)
     data = RowDataset(cfg)
     data.check(16, 32)
     rng = np.random.default_rng(0)
