@@ -696,6 +696,7 @@ def skills_of(trial):
 def make_card(trial, performed):
     cfg = trial.cfg
     places = list(dict.fromkeys(stage.place for unit in performed for stage in unit.stages))
+    places = places or [Place(names(cfg.baselines)[0], names(cfg.rungs)[0], names(cfg.domains)[0])]  # costs alone
     done = list(dict.fromkeys(place.baseline for place in places))
     for place in places:
         runs = [run for run in ablate.find_runs(trial.ablation(place)) if run.row in (BASELINE, trial.name)]
@@ -776,9 +777,6 @@ def run_trial(cfg, rows):
     show_plan(trial, planned, left_out, cost)
     if cfg.plan:
         return None
-    if not planned:
-        first = split(units[0])[0]
-        raise ConfigError(f"budget={cfg.budget}: the first pair of runs takes {duration(cost(first))}")
     trial.left_out += [f"{unit.answers} ({duration(cost(unit))})" for unit in left_out]
     performed = []
     for unit in planned:

@@ -1,5 +1,6 @@
 """lab.ablate: tiny comparisons from end to end, stopped and failed runs, the report's numbers worked out by hand."""
 
+import fcntl
 import json
 import math
 import os
@@ -310,6 +311,8 @@ def test_a_killed_run_goes_on_where_it_was(recipe, tmp_path, capsys):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    with open(folder / "lock") as lock:  # its child, killed too, lets go of it once it is gone
+        fcntl.flock(lock, fcntl.LOCK_EX)
     stopped = Run(folder)
     assert not stopped.is_done and not stopped.failed and (folder / "ckpt_last.pt").exists()
     assert run_here(*words) == 0
