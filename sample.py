@@ -165,7 +165,7 @@ class Growing:
             self.whole = self.tokenizer.decode(self.ids)
         else:
             self.whole += self.decoder.decode(self.pieces[token] if token < len(self.pieces) else UNKNOWN)
-        unfinished = REPLACEMENT * bool(self.pieces and self.decoder.getstate()[0])  # half a character
+        unfinished = self.decoder.getstate()[0].decode("utf-8", "replace")  # half a character, or no beginning of one
         longest = max(map(len, self.stops), default=0)
         ends = [i for i in (self.whole.find(s, max(0, before - longest)) for s in self.stops) if i >= 0]
         self.ended = bool(ends)
