@@ -527,7 +527,8 @@ def test_loss(run, tokens):
     world, model = World(run.facts["device"], cfg.backend), GPT.from_checkpoint(checkpoint)
     trainer = Trainer(replace(cfg, compile=False), model, data, world, getattr(torch, cfg.dtype))
     windows = data.val_windows(cfg.batch_size, trainer.config, world.device, 0, 1)
-    return trainer.mean_loss(windows, math.ceil((len(tokens) - 1) / (cfg.batch_size * trainer.config.block_size)))
+    count = math.ceil((len(tokens) - 1) / (cfg.batch_size * trainer.config.block_size))
+    return trainer.mean_loss(windows, count)[0]
 
 
 def reveal(trial, places, seeds):

@@ -80,7 +80,7 @@ def test_only_takes_the_name_of_a_config(run, monkeypatch):
 
 def test_rows_are_configs():
     tables = [bench.HEAD_ROWS, bench.RESIDUAL_ROWS, bench.LOCAL_ROWS, bench.EMBEDDING_ROWS, bench.DECODERS]
-    tables += [bench.MIXERS, bench.EDGES, bench.RECALLERS]
+    tables += [bench.MIXERS, bench.EDGES]
     for row in {row for rows in tables for row in rows} - set(bench.SPECIAL):
         bench.GPTConfig(**bench.COMMON | TINY | {"n_layer": 3} | measure.flags_of(row))
     assert measure.flags_of("baseline") == {}

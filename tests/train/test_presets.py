@@ -98,13 +98,24 @@ def build_on_meta(name, monkeypatch, **overrides):
 def test_sizes(name, monkeypatch):
     text = (ROOT / "docs/theory.md").read_text(encoding="utf-8")
     line = re.search(rf"^\| `{name}` \|(.*)\|$", text, re.MULTILINE)[1]
-    size, block, *counts = (part.strip() for part in line.split("|"))
+    size, block, *counts, memory = (part.strip() for part in line.split("|"))
     for vocabulary, count, said in zip((65, 50304), SIZES[name], counts, strict=True):
         model = build_on_meta(name, monkeypatch, vocab_size=vocabulary)
         assert all(p.is_meta for p in model.parameters())
         assert model.num_params() == count and said == f"{count:,}"
     c = model.config
     assert (size, block) == (f"{c.n_layer} / {c.n_head} / {c.n_embd}", str(c.block_size))
+    fixed, batch, kept, whole = re.fullmatch(r"(\S+ .B) \+ (\d+) x (\S+ .B) = (\S+ .B)", memory).groups()
+    assert int(batch) == configurator.read([str(PRESETS[name])], TrainConfig, GPTConfig).values["batch_size"]
+    data = configurator.read([str(PRESETS[name])], TrainConfig, GPTConfig).values["dataset"]
+    model = build_on_meta(name, monkeypatch, vocab_size=65 if data == "shakespeare_char" else 50304)
+    assert bytes_of(fixed) == pytest.approx(16 * sum(p.numel() for p in model.parameters()), rel=0.03)
+    assert bytes_of(whole) == pytest.approx(bytes_of(fixed) + int(batch) * bytes_of(kept), rel=0.05)
+
+
+def bytes_of(text):
+    number, unit = text.split()
+    return float(number) * {"MB": 1e6, "GB": 1e9}[unit]
 
 
 def test_the_first_chimera_is_the_first_searchs_winner():
