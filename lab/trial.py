@@ -16,7 +16,6 @@ Data: python data/drama/prepare.py, python data/code/prepare.py.
 """
 
 import datetime
-import importlib.util
 import itertools
 import json
 import math
@@ -66,6 +65,7 @@ class TrialConfig:
     docs: str = "docs"  # claims/ goes here
     jobs: int = 0  # runs at a time, one thread each; 0 = as many as there are free cores
     reveal: bool = False  # evaluate what is confirmed on the sealed test split too; writes date and hash down
+    skills: bool = False  # the card also says what python -m lab.skills --quick finds: minutes beyond the budget
     plan: bool = False  # print the plan and stop
     table: bool = False  # write README's table from all cards and stop
 
@@ -683,10 +683,11 @@ def repeated(trial, performed):
 
 
 def skills_of(trial):
-    """What lab.skills prints about the idea; None where there is none, or after an error, which is left out."""
-    if importlib.util.find_spec("lab.skills") is None or not trial.config.endswith(".py"):
+    """What lab.skills prints about the idea, if it was asked for; None after an error, which is left out."""
+    if not trial.cfg.skills:
         return None
-    command = [sys.executable, "-m", "lab.skills", trial.config, "--quick"]
+    folder = Path(trial.cfg.out_dir) / "skills"
+    command = [sys.executable, "-m", "lab.skills", trial.spoken, "--quick", f"--out_dir={folder.resolve()}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         trial.left_out.append(f"skills: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +88,19 @@ def test_a_verdict_that_does_not_fit_is_begun():
     fitting, rest = first_stages(units, lambda unit: sum(costs[stage.name] for stage in unit.stages), 13)
     assert [unit.stages[0].name for unit in fitting] == ["screen", "tune", "select"]
     assert [unit.stages[0].name for unit in rest] == ["confirm"]
+
+
+def test_skills_are_run_where_they_are_asked_for(tmp_path, monkeypatch):
+    asked, answers = [], [SimpleNamespace(returncode=0, stdout="parity 1.0", stderr=""),
+                          SimpleNamespace(returncode=2, stdout="", stderr="x\nlab.skills: error: no")]  # fmt: skip
+    monkeypatch.setattr(trial.subprocess, "run", lambda words, **_: asked.append(words) or answers[len(asked) - 1])
+    cfg = TrialConfig(out_dir=str(tmp_path / "out"), skills=True)
+    idea = SimpleNamespace(cfg=cfg, spoken="mine: --bias=True", left_out=[])
+    assert trial.skills_of(idea) == "parity 1.0" and idea.left_out == []
+    assert asked[0][1:] == ["-m", "lab.skills", "mine: --bias=True", "--quick", f"--out_dir={tmp_path / 'out/skills'}"]
+    assert trial.skills_of(idea) is None and idea.left_out == ["skills: lab.skills: error: no"]
+    cfg.skills = False
+    assert trial.skills_of(idea) is None and len(asked) == 2
 
 
 @pytest.mark.parametrize("optima", [(2e-3, 2e-3), (2e-3, 0.01), (0.015, 4e-4)])
