@@ -119,6 +119,7 @@ class TrainConfig:
     log_alignment: bool = False  # with a method other than "bp": also compare gradients with backpropagation's
     log_interval: int = 1  # steps between lines of metrics.jsonl
     sample_interval: int = 0  # steps between short samples of text; 0 = none
+    profile: str = ""  # steps, as in "10:15" for 10 to 14: torch.profiler's trace.json and profile.txt go to out_dir
     tensorboard_log: bool = False  # also to out_dir/tensorboard
     wandb_log: bool = False  # also to Weights & Biases
     wandb_project: str | None = None  # its project; None = $WANDB_PROJECT, else nanochimera
@@ -140,6 +141,11 @@ class TrainConfig:
             )
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr}: must be at most learning_rate={self.learning_rate}")
+        if self.profile and not re.fullmatch(r"\d+:\d+", self.profile):
+            raise ValueError(f"profile={self.profile}: expected two steps, as in 10:15")
+        self.profiled = range(*map(int, self.profile.split(":"))) if self.profile else range(0)
+        if self.profile and not self.profiled:
+            raise ValueError(f"profile={self.profile}: no step lies between them")
         if bool(self.curriculum) != (self.curriculum_iters >= 7):
             raise ValueError("curriculum and curriculum_iters (7 or more) go together: set both or neither")
         if self.curriculum and self.decay_lr and self.lr_schedule == "wsds":
@@ -360,7 +366,7 @@ NANOGPT = {  # settings of nanoGPT's own checkpoints that a resume takes over; t
     "grad_clip", "decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "eval_interval", "eval_iters", "log_interval",
     "always_save_checkpoint", "dataset",
 }  # fmt: skip
-OWN = {f.name for f in fields(TrainConfig)} - {"out_dir", "init_from", "eval_only", "cost"}  # and of ours
+OWN = {f.name for f in fields(TrainConfig)} - {"out_dir", "init_from", "eval_only", "cost", "profile"}  # and of ours
 
 
 def resume(settings):
@@ -1200,6 +1206,35 @@ class StepLosses:
         return means[-1] if means else None
 
 
+class StepProfile:
+    """torch.profiler around the steps that cfg.profile names: trace.json for a browser, profile.txt to read."""
+
+    def __init__(self, trainer):
+        self.trainer, self.steps, self.profiler = trainer, trainer.cfg.profiled, None
+
+    def step(self):
+        """One step of the trainer; what `Trainer.step` returns."""
+        number = self.trainer.iter_num
+        if self.steps and number == self.steps[0]:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        result = self.trainer.step()
+        if self.profiler and number == self.steps[-1]:
+            self.write()
+        return result
+
+    def write(self):
+        self.profiler.stop()
+        folder, profiler, self.profiler = Path(self.trainer.cfg.out_dir), self.profiler, None
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        key = "self_device_time_total" if self.trainer.device_type == "cuda" else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=50)
+        replace_file(folder / "profile.txt", table.encode())
+        print(
+            f"steps {self.steps[0]} to {self.steps[-1]}: {folder / 'trace.json'}, {folder / 'profile.txt'}", flush=True
+        )
+
+
 def evaluate_and_log(trainer, log):
     """Evaluate, save, and log what was measured."""
     i, results = trainer.iter_num, trainer.evaluate_and_save()
@@ -1221,6 +1256,7 @@ def loop(trainer, log, tokenizer, stop):
     """Train to max_iters, or until a stop is asked for. `log` is None on all processes but the main one."""
     cfg, losses = trainer.cfg, StepLosses(trainer)
     logged, clock = trainer.iter_num, time.perf_counter()
+    step = StepProfile(trainer).step if log and cfg.profile else trainer.step
     while True:
         i, pause = trainer.iter_num, time.perf_counter()
         if i % cfg.eval_interval == 0 or i >= cfg.max_iters or trainer.horizon():
@@ -1234,7 +1270,7 @@ def loop(trainer, log, tokenizer, stop):
         if log and cfg.sample_interval and i and i % cfg.sample_interval == 0:
             log.write_line(f"--- a sample at step {i} ---\n{trainer.write_sample(tokenizer).strip()}\n---")
         clock += time.perf_counter() - pause
-        losses.append(*trainer.step())
+        losses.append(*step())
         if i % cfg.log_interval == 0:
             loss = losses.fetch()
             seconds = (time.perf_counter() - clock) / (trainer.iter_num - logged)

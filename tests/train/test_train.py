@@ -957,3 +957,27 @@ def test_a_training_line_shows_how_many_events_are_silent(capsys):
         "iter 3: loss 1.5000, 20.0 ms, 3,000 tokens/s, sparsity 0.2500",
         "iter 4: loss 1.5000, 20.0 ms, 3,000 tokens/s",
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Profiles.
+
+
+def test_a_profile_of_some_steps(shakespeare, tmp_path, capsys):
+    """The named steps are in the trace, and training is what it is without a profile."""
+    assert run_here(*flags(shakespeare, tmp_path / "a", max_iters=4), "--profile=1:3") == 0
+    assert f"profile of steps 1 to 2: {tmp_path / 'a/trace.json'}" in capsys.readouterr().out
+    events = json.loads((tmp_path / "a/trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events) == 2
+    table = (tmp_path / "a/profile.txt").read_text()
+    assert "aten::" in table and "Self CPU time total" in table
+    assert run_here(*flags(shakespeare, tmp_path / "b", max_iters=4)) == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert run_here(f"--out_dir={tmp_path / 'a'}", "--init_from=resume", "--max_iters=6") == 0
+    assert "profile of" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps", ["5", "5:5", "a:b", "7:3", "-1:2"])
+def test_profiles_of_no_steps(steps):
+    with pytest.raises(ValueError, match=f"profile={steps}"):
+        TrainConfig(profile=steps)
