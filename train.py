@@ -1230,9 +1230,8 @@ class StepProfile:
         key = "self_device_time_total" if self.trainer.device_type == "cuda" else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=50)
         replace_file(folder / "profile.txt", table.encode())
-        print(
-            f"steps {self.steps[0]} to {self.steps[-1]}: {folder / 'trace.json'}, {folder / 'profile.txt'}", flush=True
-        )
+        what = f"{folder / 'trace.json'}, {folder / 'profile.txt'}"
+        print(f"profile of steps {self.steps[0]} to {self.steps[-1]}: {what}", flush=True)
 
 
 def evaluate_and_log(trainer, log):
