@@ -16,7 +16,16 @@ from pathlib import Path
 
 import configurator
 from lab import identity
-from lab.ablate import BASELINE, AblateConfig, columns_of, difference, find_runs, markdown, write_between_marks
+from lab.ablate import (
+    BASELINE,
+    AblateConfig,
+    best_rates,
+    columns_of,
+    difference,
+    find_runs,
+    markdown,
+    write_between_marks,
+)
 
 RUNGS = {"M0": "out-ablation", "M1": "out-modern", "M2": "out-modern-muon"}
 PARTS = {  # each part of the modern block: (the row that adds it to M0, the row that removes it from M1)
@@ -57,6 +66,12 @@ def mixtures_of(rungs, mix):
         for rung, rows in rungs.items()
     }
     return " ".join(f"{rung}: {told}" for rung, told in found.items() if told)
+
+
+def open_rows(docs, out_dir):
+    """The rows of a rung whose best learning rate has no worse one on one of its sides."""
+    found = best_rates(find_runs(AblateConfig(out_dir=out_dir, docs=docs)))
+    return {row for row, rate in found.items() if not rate["is_bracketed"]}
 
 
 def losses(runs):
@@ -127,8 +142,8 @@ def verdict(rows, row):
     return "better" if last.mean < 0 else "worse"
 
 
-def table(rungs):
-    """The lines of the table, best on M2 first, as `markdown` takes them."""
+def table(rungs, unbracketed):
+    """The lines of the table, best on M2 first, as `markdown` takes them; unbracketed: {rung: `open_rows`}."""
     found = differences(rungs)
     worst = max((d.mean for each in found.values() for d in each.values()), default=0.0)
     order = sorted(found, key=lambda row: found[row]["M2"].mean if "M2" in found[row] else worst)
@@ -138,7 +153,8 @@ def table(rungs):
         sizes = rungs["M2"].get(row) or rungs["M1"][row]
         base = (rungs["M2"] if row in rungs["M2"] else rungs["M1"])[BASELINE]
         cells = {"idea": row + " (control)" * (row in CONTROLS)}
-        cells |= {f"on {rung}": str(each.get(rung, "")) for rung in rungs}
+        for rung in rungs:
+            cells[f"on {rung}"] = str(each.get(rung, "")) + "*" * (rung in each and row in unbracketed[rung])
         cells |= {"survives": survival(each), "on M2 it is": verdict(rungs["M2"], row)}
         cells["parameters"] = f"{sizes[0].facts['parameters'] / base[0].facts['parameters']:.2f}x"
         lines.append({name: (text, None) for name, text in cells.items()})
@@ -157,7 +173,8 @@ def describe(rungs):
         + "; ".join(parts)
         + ". Cells: loss minus the rung's, paired by "
         "seed, ± a 95 % t interval. *survives*: the share of the gain on M0 that is left on M2. A verdict "
-        "needs three seeds. Ideas on M1 and M2 ran at their rung's learning rate, with no bracket of their own."
+        "needs three seeds. Every row is at its own best learning rate of those tried; \\*: no rate on one side of it "
+        "was found worse, so that another may be better."
     )
 
 
@@ -175,7 +192,8 @@ def main(argv=None):
         cfg = configurator.read(words, RungsConfig, doc=__doc__).build(RungsConfig)
         rungs = {rung: tuned_rows(cfg.docs, out_dir) for rung, out_dir in RUNGS.items()}
         mixed = mixtures_of(rungs, cfg.mix)
-        text = f"{describe(rungs)} {mixed}".rstrip() + "\n\n" + markdown(table(rungs))
+        unbracketed = {rung: open_rows(cfg.docs, out_dir) for rung, out_dir in RUNGS.items()}
+        text = f"{describe(rungs)} {mixed}".rstrip() + "\n\n" + markdown(table(rungs, unbracketed))
         more = {PARTS_ARE: parts_table(rungs), SEARCH_IS: search_table(rungs)}
         more = "".join(f"\n\n{title}\n\n{markdown(lines)}" for title, lines in more.items() if lines)
         for page, content in ((Path(cfg.readme), text), (Path(cfg.docs) / "results.md", text + more)):
