@@ -368,7 +368,7 @@ GROWING = ["block_sparse", "ferope_anchored", "knots", "knots_and_rings", "regio
 
 
 @pytest.mark.parametrize("name", GROWING)
-@pytest.mark.parametrize("positions", ["none", "ramanujan"])
+@pytest.mark.parametrize("positions", ["none", pytest.param("ramanujan", marks=pytest.mark.slow)])
 def test_cells_go_on_beyond_the_trained_block(name, positions):
     """Without a learned table: cached and recomputed texts agree, a prefix keeps its logits, nothing else changes."""
     size = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "vocab_size": 61}

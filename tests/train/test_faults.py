@@ -422,8 +422,9 @@ MEMORIES = {"none": {}, "sdr": {"use_sdr": True, "sdr_size": 64, "sdr_active": 4
 WIRINGS = {"plain": {}, "mhc": {"use_mhc": True}, "mla": {"use_mla": True}, "gated": {"gated_blocks": True}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixers", MIXERS)
-@pytest.mark.parametrize("rule", ["fa", *(pytest.param(r, marks=pytest.mark.slow) for r in RULES if r != "fa")])
+@pytest.mark.parametrize("rule", RULES)
 def test_whatever_trains_comes_back(rule, mixers, tmp_path):
     """An optimiser step, saved, loaded and gone on with to the same numbers, and written with."""
     accepted = 0
