@@ -115,7 +115,7 @@ def load(cfg):
     checkpoint = load_checkpoint(path or Path(cfg.out_dir) / "ckpt.pt")
     trained = checkpoint.get("config", {})  # nanoGPT's has one too, but no meta
     dataset, data_dir = (trained.get(name) or "" for name in ("dataset", "data_dir")) if trained else ("", "")
-    dataset = next(iter(shares_of(str(dataset))), str(dataset))  # of a mixture the first
+    dataset = next(iter(shares_of(str(dataset))), str(dataset))  # all parts of a mixture have the same tokenizer
     folder = Path(cfg.data_dir or str(data_dir) or ROOT / "data") / dataset
     meta = checkpoint.get("meta") or load_meta(folder)
     if not isinstance(meta, dict):

@@ -105,7 +105,7 @@ class TrainConfig:
     lr_decay_iters: int | None = None  # where the decay ends; None = max_iters
     min_lr: float | None = None  # where it ends; None = learning_rate / 10
     wsd_decay_share: float = 0.2  # share of lr_decay_iters in which "wsd" decays
-    wsds_horizons: int = 3  # of "wsds": decays after each half, quarter, ... of the run too, then goes on from before
+    wsds_horizons: int = 3  # "wsds" also decays after a half, a quarter, ... of the run, and then goes on from before
     # -- curriculum ---------------------------------------------------------------------------------------------------
     curriculum: Literal["", "length", "e7"] = ""  # none | sequences grow in seven stages | and the model's own stages
     curriculum_iters: int = 0  # optimiser steps of the seven stages; the last one stays
@@ -515,7 +515,7 @@ class Period:
     horizon: int
 
 
-WSDS_SHARE = 0.1  # of a horizon, in which it decays
+WSDS_SHARE = 0.1  # the last share of each horizon, in which the rate decays
 
 
 def periods(cfg):
@@ -533,7 +533,7 @@ def periods_of(steps, count):
     decays = [max(1, round(WSDS_SHARE * h)) for h in horizons]
     horizons.append(steps - sum(decays))
     decays.append(max(1, round(WSDS_SHARE * horizons[-1])))
-    found, first, trunk = [], 0, 0  # trunk: how many steps the weights at `first` were trained for
+    found, first, trunk = [], 0, 0  # trunk: how many steps the weights at step `first` had been trained for
     for horizon, decay in zip(horizons, decays):
         branch = first + horizon - decay - trunk
         found.append(Period(first, branch, branch + decay, horizon))
@@ -1119,6 +1119,8 @@ def build(settings, checkpoint):
         raise ConfigError('--log_alignment compares with backpropagation: set a method other than "bp"')
     tokenizer = load_tokenizer(data.meta, data.folder) if cfg.sample_interval else None
     trainer = Trainer(cfg, model, data, world, dtype, checkpoint)
+    if cfg.profile and not (trainer.iter_num <= cfg.profiled[0] and cfg.profiled[-1] < cfg.max_iters):
+        raise ConfigError(f"--profile={cfg.profile}: this run trains steps {trainer.iter_num} to {cfg.max_iters - 1}")
     if world.is_main:
         print(
             f"{model.num_params() / 1e6:.2f}M parameters, {trainer.tokens_per_step:,} tokens per step, "

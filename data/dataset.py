@@ -117,7 +117,7 @@ class Mixture(TokenDataset):
         self.weights = np.array(list(shares.values())) / sum(shares.values())
         self.folder, self.seed = self.parts[0].folder, cfg.seed
         self.ends = {split: np.cumsum([len(part.splits[split]) for part in self.parts]) for split in ("train", "val")}
-        self.splits = {split: range(ends[-1]) for split, ends in self.ends.items()}  # of which only the length is read
+        self.splits = {split: range(ends[-1]) for split, ends in self.ends.items()}  # only lengths are read
         sums = {key: sum(part.meta.get(key, 0) for part in self.parts)
                 for key in ("train_tokens", "val_tokens", "train_bytes", "val_bytes")}  # fmt: skip
         self.meta = self.parts[0].meta | (sums if all(part.meta for part in self.parts) else {})

@@ -22,7 +22,7 @@ from data import corpus
 from data.corpus import DataError
 
 SHUFFLED = "_shuffled"  # how the names of controls end
-SHARE = 0.05  # of the bytes, of val and of test each; the rest is train
+SHARE = 0.05  # val and test have this share of the bytes each, train has the rest
 
 
 @dataclass
@@ -32,7 +32,7 @@ class DomainConfig:
     # -- domain -------------------------------------------------------------------------------------------------------
     out_dir: str | None = None  # where the data set goes; None: the script's folder
     shuffled: bool = False  # the bytes of each document in random order: a control that has unigrams alone
-    cap_mb: float = 40.0  # megabytes of text at most; of more, documents in the order of their sha256
+    cap_mb: float = 40.0  # most megabytes of text; if there is more, the documents whose sha256 comes first are taken
 
     def __post_init__(self):
         configurator.check_values(self, {"cap_mb": "(0, inf)"})

@@ -20,10 +20,10 @@ import fsspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root, from any working directory
 
-import configurator  # noqa: E402
-from configurator import ROOT, ConfigError, check_values, expand  # noqa: E402
-from data.corpus import TOKENIZERS, DataError, build_tokenizer, load_meta, write_dataset  # noqa: E402
-from data.reader import JSON_ENDINGS, characters, kind_of, local_documents  # noqa: E402
+import configurator
+from configurator import ROOT, ConfigError, check_values, expand
+from data.corpus import TOKENIZERS, DataError, build_tokenizer, load_meta, write_dataset
+from data.reader import JSON_ENDINGS, characters, kind_of, local_documents
 
 MOST = 500_000_000  # characters
 OWN = ROOT / "data" / "own"  # where texts go that --dataset=PATH names

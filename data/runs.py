@@ -15,7 +15,7 @@ from configurator import ConfigError
 from data.files import is_alive, is_file, locked, replace_file
 
 CHECKPOINTS = ("ckpt.pt", "ckpt_last.pt")
-STABLE = "ckpt_stable.pt"  # of a run with several horizons: where its last decay left the trunk
+STABLE = "ckpt_stable.pt"  # in a run with several horizons, the state from before its last decay
 RUN_FILES = (*CHECKPOINTS, STABLE, "ckpt.pt.bak", "ckpt_last.pt.bak", "metrics.jsonl", "metrics.jsonl.bak", "run.json")
 RUN_FILES += ("tensorboard", "wandb")
 

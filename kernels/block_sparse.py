@@ -182,7 +182,7 @@ GROUP = 1 << 19  # scores at a time, of several short cells: fewer calls, and wh
 def groups(starts, allowed, rows):
     """(first, last): cells first .. last - 1, which are computed together for `rows` batches and heads."""
     lengths = torch.tensor(starts, device=allowed.device).diff()
-    keys = (allowed * lengths).sum(-1).amax(0).tolist()  # of each cell, in the row with the most
+    keys = (allowed * lengths).sum(-1).amax(0).tolist()  # how many each cell reads, in the row where it reads most
     first, widest, longest = 0, 0, 0
     for c, (n, m) in enumerate(zip(lengths.tolist(), keys)):
         widest, longest = max(widest, m), max(longest, n)

@@ -133,7 +133,7 @@ def numbers(name, text):
 
 BASELINE = "baseline"
 STEP = 1.5  # between the learning rates that --tune tries
-MOST_RATES = 9  # of one row; after them its best rate is reported as not bracketed
+MOST_RATES = 9  # that a row may try; if it has no bracket then, the report says so
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ nothing is written.
 
 import statistics
 import time
-from dataclasses import fields
 
 import torch
 
@@ -29,7 +28,7 @@ GROUPS = {  # group of parameters: what their names start with, block numbers le
 
 def twin_of(config):
     """The GPTConfig of the same shape with every idea off."""
-    return GPTConfig(**{name: getattr(config, name) for name in SHAPE})
+    return GPTConfig(**{name: value for name, value in vars(config).items() if name in SHAPE})
 
 
 def parameters(model):
@@ -61,12 +60,12 @@ def size_of(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+@torch.no_grad()
 def decoding_bytes(model, tokens):
-    """Bytes that a model remembers of one sequence of `tokens` tokens."""
-    state, device = DecodingState(), next(model.parameters()).device
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, tokens, dtype=torch.int64, device=device), state=state)
-    model.train()
+    """Bytes that a model remembers of one sequence of `tokens` tokens, the spare room of its buffers included."""
+    state, was_training = DecodingState(), model.training
+    model.eval()(torch.zeros(1, tokens, dtype=torch.int64, device=next(model.parameters()).device), state=state)
+    model.train(was_training)
     return state.nbytes()
 
 
@@ -112,10 +111,9 @@ def shown(value):
 
 def table(trainer):
     """The lines of the table; the trainer's model is trained by a few steps."""
-    config, twin = trainer.config, twin_of(trainer.config)
-    changed = [f.name for f in fields(config) if getattr(config, f.name) != getattr(twin, f.name)]
+    twin = twin_of(trainer.config)
     columns = {"this model": measure(trainer)}
-    if changed:
+    if twin != trainer.config:
         other = type(trainer)(trainer.cfg, GPT(twin), trainer.data, trainer.world, trainer.dtype)
         columns["ideas off"] = measure(other)
     ours, *other = columns.values()

@@ -37,8 +37,9 @@ from data.skills import tasks
 from data.skills.prepare import prepare as prepare_rows
 from lab import ablate
 from lab.ablate import AblateConfig, find_rows, find_runs, front, markdown, read_json, words_of, write_between_marks
+from lab.cost import decoding_bytes
 from lab.pictures import TIGHT, png, pyplot
-from model import GPT, CheckpointError, DecodingState, GPTConfig, load_checkpoint
+from model import GPT, CheckpointError, GPTConfig, load_checkpoint
 from train import TrainConfig
 
 
@@ -99,7 +100,7 @@ SKILLS = {
     "mano": Skill(small={"T": 32, "operators": 3}),
 }  # fmt: skip
 QUICK = {"width": 64, "batch": 32, "steps": 400, "rates": (3e-3,), "val_rows": 250}
-ENOUGH = 0.9  # of the answers: a seed that got so far has learned the task
+ENOUGH = 0.9  # share of right answers from which on a seed counts as having learned the task
 
 
 def skill_of(cfg, task):
@@ -205,14 +206,6 @@ def right_beyond(model, task, setting, T):
     return (guesses == targets)[:, trained:][asked].double().mean().item()
 
 
-@torch.no_grad()
-def state_bytes(model):
-    """Bytes that decoding keeps of one whole row."""
-    state = DecodingState()
-    model(torch.zeros(1, model.config.block_size, dtype=torch.long), state=state)
-    return state.nbytes()
-
-
 def measure(task, run):
     """A finished run's record. What takes a model is measured once and kept in skill.json."""
     path = run.folder / "skill.json"
@@ -223,7 +216,8 @@ def measure(task, run):
         model = GPT.from_checkpoint(load_checkpoint(find_checkpoint(run.folder, best=True))).eval()
         setting = {k: v for k, v in meta["setting"].items() if k != "T"}
         longer = {str(T): right_beyond(model, task, setting, T) for T in SKILLS[task].longer}
-        found = {"setting": meta["setting"], "longer": longer, "state_bytes": state_bytes(model)}
+        size = decoding_bytes(model, model.config.block_size)
+        found = {"setting": meta["setting"], "longer": longer, "state_bytes": size}
         replace_file(path, (json.dumps(found) + "\n").encode())
     learned = (line["iter"] for line in run.evaluations if line["val_accuracy"] >= ENOUGH)
     return {

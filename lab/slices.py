@@ -34,9 +34,9 @@ class SlicesConfig:
     against: str = ""  # another run on the same data, whose loss minus this run's is the gain
     tokens: int = 65_536  # how many tokens of the val split are read, at most
     gram: int | None = None  # tokens of a gram, the completed one included; None = 5, or 2 from 1,000 token ids on
-    frequent: int = 10  # a gram that is in train.bin so often is frequent, else rare
-    train_tokens: int = 20_000_000  # of train.bin, at most, are counted
-    seed: int = 0  # of the shuffled windows
+    frequent: int = 10  # a gram is frequent if train.bin has it at least this many times, else rare
+    train_tokens: int = 20_000_000  # most tokens of train.bin in which grams are counted
+    seed: int = 0  # for the order of tokens in shuffled windows
     data_dir: str = ""  # where data sets lie; empty = as in training
 
     def __post_init__(self):

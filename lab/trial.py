@@ -42,7 +42,8 @@ from data.dataset import TokenDataset
 from data.files import replace_file
 from lab import ablate, claims, identity, laws, measure
 from lab.ablate import BASELINE, AblateConfig
-from model import GPT, CheckpointError, DecodingState, GPTConfig, load_checkpoint
+from lab.cost import decoding_bytes
+from model import GPT, CheckpointError, GPTConfig, load_checkpoint
 from train import TrainConfig, Trainer, World, build_model, dtype_name, machine, periods, pick_device, pick_dtype
 
 BASELINES = {"M0": [], "M1": ["config/presets/modern.py"], "M2": ["config/presets/modern_muon.py"]}
@@ -236,22 +237,13 @@ def measure_steps(trial, place):
             found["rows"][row] = {
                 "step": statistics.median(seconds[row]) / repeats, "steps": cfg.max_iters,
                 "evaluating": evaluations * per_evaluation * batch, "parameters": trainer.model.num_params(),
-                "flops": trainer.model.flops_per_token(), "state_bytes": state_bytes(trainer.model, trial.device),
+                "flops": trainer.model.flops_per_token(),
+                "state_bytes": decoding_bytes(trainer.model, config.block_size),
                 "tokens": trainer.tokens_per_step * (periods(cfg)[-1].horizon if periods(cfg) else cfg.max_iters),
                 "train_tokens": len(trainer.data.splits["train"]),
             }  # fmt: skip
     torch.set_num_threads(threads)
     return found
-
-
-@torch.no_grad()
-def state_bytes(model, device):
-    """Bytes that decoding keeps per sequence after a whole block."""
-    model.eval()
-    state = DecodingState()
-    model(torch.zeros(1, model.config.block_size, dtype=torch.long, device=device), state=state)
-    model.train()
-    return state.nbytes()
 
 
 def measure_startup(trial, place):
@@ -805,7 +797,7 @@ def main(argv=None):
             if not claims.write_table(ROOT / "README.md", folder):
                 raise ConfigError(f"{folder}: no cards; run a trial first")
             return
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the runs: idea and baseline each on one core
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # every run has one core
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as with Ctrl-C, stop the runs
         run_trial(cfg, ablate.find_rows(files))
 

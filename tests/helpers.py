@@ -1,6 +1,7 @@
 """What several test files share: a tiny training run and its records, waiting, a little text."""
 
 import json
+import os
 import random
 import signal
 import sys
@@ -78,6 +79,20 @@ def run_here(*words):
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def command_here(main, *words):
+    """Exit status of a lab command's main(), run in this process; what it sets for its runs is taken back."""
+    handler, threads = signal.getsignal(signal.SIGTERM), os.environ.get("OMP_NUM_THREADS")
+    try:
+        main([str(word) for word in words])
+        return 0
+    except SystemExit as e:
+        return e.code
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        os.environ.pop("OMP_NUM_THREADS", None)
+        os.environ.update({} if threads is None else {"OMP_NUM_THREADS": threads})
 
 
 class TrainHere:

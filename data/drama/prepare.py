@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, from any working directory
 
-from data import domains  # noqa: E402
+from data import domains
 
 if __name__ == "__main__":
     domains.prepare(__file__, domains.plays, __doc__)

@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, from any working directory
 
-import configurator  # noqa: E402
-from configurator import expand  # noqa: E402
-from data import corpus  # noqa: E402
-from data.corpus import DataError  # noqa: E402
-from data.files import is_file  # noqa: E402
-from data.reader import kind_of, local_documents  # noqa: E402
+import configurator
+from configurator import expand
+from data import corpus
+from data.corpus import DataError
+from data.files import is_file
+from data.reader import kind_of, local_documents
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = "Skylion007/openwebtext"

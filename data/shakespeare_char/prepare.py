@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, from any working directory
 
-from data import corpus  # noqa: E402
+from data import corpus
 
 
 @dataclass

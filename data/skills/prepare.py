@@ -15,10 +15,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, from any working directory
 
-import configurator  # noqa: E402
-from configurator import ConfigError, check_values, expand  # noqa: E402
-from data.corpus import write_rows  # noqa: E402
-from data.skills import tasks  # noqa: E402
+import configurator
+from configurator import ConfigError, check_values, expand
+from data.corpus import write_rows
+from data.skills import tasks
 
 HERE = Path(__file__).resolve().parent
 
@@ -30,7 +30,7 @@ class RowsConfig:
     # -- rows ---------------------------------------------------------------------------------------------------------
     rows: int = 100_000  # rows of the train split
     val_rows: int = 1_000  # rows of the val split
-    seed: int = 0  # of both splits, which are drawn one after the other
+    seed: int = 0  # for both splits, which are drawn one after the other
     out_dir: str | None = None  # where the data set goes; None: the task's name beside this script
 
     def __post_init__(self):
@@ -45,7 +45,7 @@ class TaskConfig:
     T: int | None = None  # tokens per row
     n: int | None = None  # pairs, motifs, words to copy, or words of the cycle
     vocab_size: int | None = None  # token ids
-    a: float | None = None  # mqar: exponent of how soon is asked
+    a: float | None = None  # mqar: exponent of the distances between a pair and its question
     keys: int | None = None  # far_recall: possible keys
     noise: float | None = None  # noisy_recall: share of the pairs that are noise
     noise_words: int | None = None  # noisy_recall: ids that are noise

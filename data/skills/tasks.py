@@ -139,7 +139,7 @@ def fuzzy_recall(rng, rows, vocab_size=16, T=128, n=8, shortest=1, longest=3):
     )
     there = sum(perm(half, length) for length in range(shortest, longest + 1))
     require(1 <= n <= there, f"n={n}: there are {there} motifs")
-    least = 2 * longest * (n + 1)  # so many pairs that one comes twice
+    least = 2 * longest * (n + 1)  # with n + 1 pairs, at least one of the n comes twice
     require(least <= T, f"T={T}: n={n} motifs need at least {least}, or none comes twice")
     idx, targets = np.full((rows, T), vocab_size - 1), nothing_asked(rows, T)
 
@@ -300,7 +300,7 @@ TASKS = {
               s3, a5, depo, mano, far_recall)
 }  # fmt: skip
 
-# of a whole setting: how many ids there are, and among how many of them a guess is made
+# functions of a whole setting: how many ids there are, and how many of them an answer can be
 VOCABULARIES = {
     "parity": lambda s: 2,
     "s3": lambda s: 6,

@@ -11,13 +11,14 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
 from scipy import stats
 
 from configurator import ConfigError
-from helpers import ROOT, TrainHere
+from helpers import ROOT, TrainHere, command_here
 from lab import ablate
 from lab.ablate import AblateConfig, Difference, Run, difference, find_runs, front
 
@@ -51,16 +52,7 @@ def config(tmp_path, row, text=""):
     return path
 
 
-def run_here(*words):
-    """Exit status of lab.ablate in this process."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        ablate.main([str(w) for w in words])
-        return 0
-    except SystemExit as e:
-        return e.code
-    finally:
-        signal.signal(signal.SIGTERM, before)
+run_here = partial(command_here, ablate.main)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_a_learned_table_has_nothing_beyond():
 def test_state_bytes_grow_with_attention_alone():
     sizes = {}
     for name, given in {"softmax": {}, "waves": {"attn_mode": "fhn"}}.items():
-        sizes[name] = [skills.state_bytes(GPT(GPTConfig(**PARITY | {"block_size": T}, **given))) for T in (8, 64)]
+        sizes[name] = [skills.decoding_bytes(GPT(GPTConfig(**PARITY | {"block_size": T}, **given)), T) for T in (8, 64)]
     near, far = sizes["softmax"]
     assert far > near >= 2 * 4 * 16 * 8 and far >= 2 * 4 * 16 * 64 and sizes["waves"][0] == sizes["waves"][1]
 

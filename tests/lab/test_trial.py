@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from data import domains
-from helpers import LINES, PATIENCE, ROOT, TrainHere
+from helpers import LINES, PATIENCE, ROOT, TrainHere, command_here
 from lab import ablate, claims, trial
 from lab.trial import Place, Stage, TrialConfig, Unit, first_stages, make_plan, rates_wanted, seconds_of, units_of
 
@@ -32,18 +33,7 @@ device, compile = "cpu", False
 """
 
 
-def run_here(*words):
-    """Exit status of lab.trial in this process."""
-    before, threads = signal.getsignal(signal.SIGTERM), os.environ.get("OMP_NUM_THREADS")
-    try:
-        trial.main([str(word) for word in words])
-        return 0
-    except SystemExit as e:
-        return e.code
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        os.environ.pop("OMP_NUM_THREADS", None)
-        os.environ.update({} if threads is None else {"OMP_NUM_THREADS": threads})
+run_here = partial(command_here, trial.main)
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------

@@ -977,6 +977,11 @@ def test_a_profile_of_some_steps(shakespeare, tmp_path, capsys):
     assert "profile of" not in capsys.readouterr().out
 
 
+def test_a_profile_beyond_the_run_is_refused(shakespeare, tmp_path, capsys):
+    assert run_here(*flags(shakespeare, tmp_path, max_iters=4), "--profile=3:5") == 2
+    assert error_of(capsys) == "--profile=3:5: this run trains steps 0 to 3" and not (tmp_path / "run.json").exists()
+
+
 @pytest.mark.parametrize("steps", ["5", "5:5", "a:b", "7:3", "-1:2"])
 def test_profiles_of_no_steps(steps):
     with pytest.raises(ValueError, match=f"profile={steps}"):
