@@ -22,6 +22,7 @@ from lab.ablate import (
     best_rates,
     columns_of,
     difference,
+    family,
     find_runs,
     markdown,
     write_between_marks,
@@ -131,20 +132,16 @@ def survival(each):
     return f"{now.mean / was.mean:.0%}"
 
 
-def verdict(rows, row):
-    """What the last rung's runs {row: runs} say, of three seeds or more."""
-    ours, base = losses(rows.get(row, [])), losses(rows[BASELINE])
-    if len(ours.keys() & base.keys()) < 3:
-        return "undecided"
-    last = difference(ours, base)
-    if abs(last.mean) <= last.half:
-        return "no difference"
-    return "better" if last.mean < 0 else "worse"
+def verdicts(found):
+    """{row: what M2's runs say}, of `differences`, by the same correction for many comparisons as every report."""
+    judged = family({row: each["M2"] for row, each in found.items() if "M2" in each})
+    return {row: (judged[row]["verdict"] or "no difference") if row in judged else "undecided" for row in found}
 
 
 def table(rungs, unbracketed):
     """The lines of the table, best on M2 first, as `markdown` takes them; unbracketed: {rung: `open_rows`}."""
     found = differences(rungs)
+    said = verdicts(found)
     worst = max((d.mean for each in found.values() for d in each.values()), default=0.0)
     order = sorted(found, key=lambda row: found[row]["M2"].mean if "M2" in found[row] else worst)
     lines = []
@@ -155,7 +152,7 @@ def table(rungs, unbracketed):
         cells = {"idea": row + " (control)" * (row in CONTROLS)}
         for rung in rungs:
             cells[f"on {rung}"] = str(each.get(rung, "")) + "*" * (rung in each and row in unbracketed[rung])
-        cells |= {"survives": survival(each), "on M2 it is": verdict(rungs["M2"], row)}
+        cells |= {"survives": survival(each), "on M2 it is": said[row]}
         cells["parameters"] = f"{sizes[0].facts['parameters'] / base[0].facts['parameters']:.2f}x"
         lines.append({name: (text, None) for name, text in cells.items()})
     return lines
@@ -171,10 +168,11 @@ def describe(rungs):
     return (
         "Loss of the rungs without any idea, in nats: "
         + "; ".join(parts)
-        + ". Cells: loss minus the rung's, paired by "
-        "seed, ± a 95 % t interval. *survives*: the share of the gain on M0 that is left on M2. A verdict "
-        "needs three seeds. Every row is at its own best learning rate of those tried; \\*: no rate on one side of it "
-        "was found worse, so that another may be better."
+        + ". Cells: loss minus the rung's, paired by seed, ± a 95 % t interval. *survives*: the share of the gain on "
+        "M0 that is left on M2. Verdicts need three seeds and Holm's correction over this table; *screened* passes "
+        "Benjamini and Hochberg's q of 0.1 alone, which asks for more seeds and is no result. Every row is at its own "
+        "best learning rate of those tried; \\*: no rate on one side of it was found worse, so that another may be "
+        "better."
     )
 
 

@@ -62,3 +62,17 @@ def test_survival_needs_a_gain():
     gain, nothing = difference({0: 1.0, 1: 1.01}, {0: 2.0, 1: 2.0}), difference({0: 1.0, 1: 3.0}, {0: 2.0, 1: 2.0})
     assert rungs.survival({"M0": gain, "M2": nothing}) == "-0%" or rungs.survival({"M0": gain, "M2": nothing}) == "0%"
     assert rungs.survival({"M0": nothing, "M2": gain}) == rungs.survival({"M2": gain}) == ""
+
+
+def test_verdicts_are_corrected_for_how_many_there_are():
+    """One interval that leaves out 0 by little is a result by itself, and none among ten."""
+    base = {0: 2.0, 1: 2.01, 2: 1.99}
+    close = difference({0: 2.023, 1: 2.03, 2: 2.001}, base)
+    assert 0.02 < close.p < 0.05
+    assert rungs.verdicts({"a": {"M2": close}}) == {"a": "worse"}
+    nothing = difference({0: 2.01, 1: 2.0, 2: 1.99}, base)
+    many = {"a": {"M2": close}} | {f"b{i}": {"M2": nothing} for i in range(9)} | {"c": {"M0": close}}
+    said = rungs.verdicts(many)
+    assert said["a"] == said["b0"] == "no difference" and said["c"] == "undecided"
+    three = {name: {"M2": close} for name in "abc"}
+    assert rungs.verdicts(three) == dict.fromkeys("abc", "screened: worse")
