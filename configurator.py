@@ -478,10 +478,10 @@ def is_outlined(node, names):
 
 
 def help_before_imports(prog, files, aliases=()):
-    """Answer --help from the sources alone, where it is asked for: PyTorch would take a second to import.
+    """If --help is asked for, answer it from the sources alone, since importing PyTorch takes a second; and exit.
 
-    files: {file: names}, of which those that end in Config are the classes to show and `aliases` the functions that
-    `read` takes; what they need to be defined comes along. The first file's docstring is shown.
+    files: {file: names to define from it}. Classes whose name ends in Config are shown, under the first file's
+    docstring; `aliases` are names of functions in the first file, for `read`.
     """
     if not {"--help", "-h"} & set(sys.argv[1:]):
         return

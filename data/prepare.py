@@ -5,7 +5,7 @@ Make a data set of a text of your own: a file, or a folder of files.
     python data/prepare.py letters/ --name=letters --tokenizer=gpt2
 
 A file is one text; a .json, .jsonl or .ndjson is a document per row (field "text"); a folder is a document per file, in
-the order of their paths, without hidden files and what is no text. .gz, .bz2, .xz and .zst are read too. Documents are
+the order of their paths, without hidden files and files that are not text. .gz, .bz2, .xz and .zst are read too. Documents are
 joined by an empty line. The last tenth of the characters is the val split. The text is held in memory: for more than
 half a gigabyte, data/openwebtext/prepare.py --text_file reads in constant memory.
 """
@@ -68,7 +68,7 @@ def files_of(folder):
 
 
 def read_text(path):
-    """(text, names of files that are no text) of a file or folder. DataError if there is none, or too much."""
+    """(text, names of files that are not text) of a file or folder. DataError if there is none, or too much."""
     path, texts, skipped, size = Path(path), [], [], 0
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
@@ -91,14 +91,14 @@ def read_text(path):
 
 
 def name_of(path):
-    """A data set's name from a path: that of the file without its endings, with _ for what is no letter or digit."""
+    """A data set's name from a path: that of the file without its endings, with _ for all but letters and digits."""
     path = Path(path).resolve()
     stem = path.name if path.is_dir() else path.name.split(".")[0]
     return re.sub(r"\W+", "_", stem).strip("_") or "text"
 
 
 def prepare(path, name="", tokenizer="char", vocab_size=2048, val_share=0.1, out_dir=None):
-    """Write the data set; returns (its meta, its folder, names of files that are no text)."""
+    """Write the data set; returns (its meta, its folder, names of files that are not text)."""
     text, skipped = read_text(path)
     name = name or name_of(path)
     folder = Path(expand(out_dir)) if out_dir else ROOT / "data" / name
@@ -125,7 +125,7 @@ def prepared(path):
 
 def told(meta, folder, skipped):
     """What was made, in lines."""
-    lines = [f"{len(skipped)} files left out, they are no text: {', '.join(skipped[:5])}"] if skipped else []
+    lines = [f"{len(skipped)} files left out, they are not text: {', '.join(skipped[:5])}"] if skipped else []
     splits = ", ".join(f"{split} {meta[f'{split}_tokens']:,} tokens" for split in ("train", "val"))
     return [*lines, f"{splits} ({meta['tokenizer']}, {meta['vocab_size']:,} ids, {meta['dtype']}) -> {folder}"]
 

@@ -340,7 +340,7 @@ def prepare(cfg, config, row, lr, seed):
 
 
 def source_of(words):
-    """What a run of these words that starts now is made by; None for words that train.py itself will refuse."""
+    """Which code makes a run of these words that starts now; None for words that train.py itself will refuse."""
     try:
         settings = configurator.read(words, TrainConfig, GPTConfig)
         cfg = settings.build(TrainConfig)
@@ -371,7 +371,7 @@ def start(cfg, run):
         before = (read_json(run.folder / "ablate.json") or {}).get("source")
         run.asked["source"] = source_of(run.asked["flags"])
         replace_file(run.folder / "ablate.json", (json.dumps(run.asked, indent=2) + "\n").encode())
-        how = "auto" if before == run.asked["source"] else "scratch"  # what other code began would be of two sources
+        how = "auto" if before == run.asked["source"] else "scratch"  # not half by one code, half by another
         words = [*run.asked["flags"], f"--out_dir={run.folder}", f"--init_from={how}"]
         run.began = time.monotonic()
         return Popen(

@@ -65,7 +65,7 @@ def of_loop():
 
 
 def source(config, optimizer="adamw"):
-    """{"model", "of", "loop"}: what a run of this GPTConfig that starts now is made by.
+    """{"model", "of", "loop"}: which code makes a run of this GPTConfig that starts now.
 
     ConfigError if the files are no longer those that this process has read: its hashes would be of other code.
     """

@@ -610,7 +610,7 @@ def facts_at(trial, baseline):
 
 
 def peak(trial, place, row):
-    """The most megabytes that a run of a row took; None where no run tells."""
+    """Peak memory in MB over the runs of a row; None where none recorded it."""
     runs = [run for run in ablate.find_runs(trial.ablation(place)) if run.row == row and run.is_done]
     return max((run.memory_mb for run in runs if run.memory_mb), default=None)
 

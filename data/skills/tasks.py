@@ -327,7 +327,7 @@ GUESSES = {
 
 
 def setting_of(name, **given):
-    """All of a task's setting: its defaults, and what is given. ValueError for what it has not."""
+    """A task's whole setting, the given values in place of defaults. ValueError for a name that it does not have."""
     known = {
         p.name: p.default for p in inspect.signature(TASKS[name]).parameters.values() if p.name not in ("rng", "rows")
     }

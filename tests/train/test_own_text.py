@@ -52,7 +52,7 @@ def test_files_of_a_folder_are_documents(tmp_path, capsys):
     (folder / "z.png").write_bytes(b"\x89PNG\xff\xfe\x00")
     out = make(tmp_path / "out", folder, "--val_share=0.2")
     assert text_of(out) == "first\nline\n\nsecond\n\nthird\n\nfourth\n\nfifth"
-    assert "1 files left out, they are no text: z.png" in capsys.readouterr().out
+    assert "1 files left out, they are not text: z.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
