@@ -5,9 +5,9 @@ Make a data set of a text of your own: a file, or a folder of files.
     python data/prepare.py letters/ --name=letters --tokenizer=gpt2
 
 A file is one text; a .json, .jsonl or .ndjson is a document per row (field "text"); a folder is a document per file, in
-the order of their paths, without hidden files and files that are not text. .gz, .bz2, .xz and .zst are read too. Documents are
-joined by an empty line. The last tenth of the characters is the val split. The text is held in memory: for more than
-half a gigabyte, data/openwebtext/prepare.py --text_file reads in constant memory.
+the order of their paths, without hidden files and files that are not text. .gz, .bz2, .xz and .zst are read too.
+Documents are joined by an empty line. The last tenth of the characters is the val split. The text is held in memory:
+for more than half a gigabyte, data/openwebtext/prepare.py --text_file reads in constant memory.
 """
 
 import hashlib

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import train
+from data import corpus
+from data.corpus import DataError
 from smoke_test import VARIANTS
 
 ROOT = Path(train.__file__).resolve().parent
@@ -146,3 +148,18 @@ def error_of(capsys):
     err = capsys.readouterr().err.strip()
     assert err.startswith("train.py: error: ") and "\n" not in err, err
     return err.removeprefix("train.py: error: ")
+
+
+def cached_bpe():
+    """Let tiktoken find the GPT-2 files beside the repository, unless the caller has its own place for them."""
+    if "TIKTOKEN_CACHE_DIR" not in os.environ and (SHARED / "tiktoken_cache").is_dir():
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken_cache")
+
+
+def gpt2():
+    """GPT-2's tokenizer; the test is skipped where its files can be neither found nor downloaded."""
+    cached_bpe()
+    try:
+        return corpus.GPT2()
+    except DataError as e:
+        pytest.skip(str(e))

@@ -26,27 +26,13 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from configurator import ConfigError
 from data import corpus, reader
 from data.corpus import DataError
-from helpers import PATIENCE, ROOT, SHARED
+from helpers import PATIENCE, ROOT, SHARED, cached_bpe, gpt2
 
 OPENWEBTEXT = ROOT / "data" / "openwebtext" / "prepare.py"
 WORDS = [
     "winter", "discontent", "glorious", "summer", "York", "clouds", "lour", "house", "bosom",
     "ocean", "brows", "victorious", "wreaths", "arms",
 ]  # fmt: skip
-
-
-def cached_bpe():
-    """Let tiktoken find the GPT-2 files beside the repository, unless the caller has its own place for them."""
-    if "TIKTOKEN_CACHE_DIR" not in os.environ and (SHARED / "tiktoken_cache").is_dir():
-        os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken_cache")
-
-
-def gpt2():
-    cached_bpe()
-    try:
-        return corpus.GPT2()
-    except DataError as e:
-        pytest.skip(str(e))
 
 
 def verse(lines):

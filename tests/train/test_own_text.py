@@ -11,7 +11,7 @@ import torch
 from data import prepare
 from data.corpus import DataError, build_tokenizer, load_meta, load_tokenizer, open_split, write_dataset
 from data.dataset import TRAIN, VAL_LOSS, Mixture, TokenDataset, open_dataset, shares_of
-from helpers import error_of, flags, losses, run_here
+from helpers import error_of, flags, gpt2, losses, run_here
 from train import TrainConfig
 
 A, B = build_tokenizer("byte").encode("ab")
@@ -32,6 +32,8 @@ def make(out, *words):
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
 def test_a_file_becomes_a_data_set(tokenizer, tmp_path, capsys):
+    if tokenizer == "gpt2":
+        gpt2()
     (tmp_path / "my text.txt").write_text(VERSE * 20 + "é")
     out = make(tmp_path / "out", tmp_path / "my text.txt", f"--tokenizer={tokenizer}")
     assert text_of(out) == VERSE * 20 + "é"
