@@ -242,11 +242,11 @@ class Gather:
 
     def queries(self, x):
         """x (B H, T, ...) at the cells' positions: (B H, G, n, ...)."""
-        return x[:, self.query]
+        return x[:, self.query] if len(self.query) > 1 else x[:, None, self.span]
 
     def drop_padding(self, x):
         """(B H, G, n, ...) in the order of positions, those of `span`: (B H, length, ...)."""
-        return x.flatten(1, 2) if self.real.all() else x[:, self.real]
+        return x.flatten(1, 2) if len(self.query) == 1 or self.real.all() else x[:, self.real]
 
 
 def probabilities(q, k, gather, bias, row_bias, scale, activation, lse=None):
