@@ -1119,13 +1119,13 @@ def all_reduce(counts):
 def append_to_cache(store, k, v):
     """Add k, v (B, nh, t, hs) to a layer's store; returns all n so far, (B, nh, n, hs) each.
 
-    A full buffer grows by a sixteenth: so many tokens share its copy, and no more than that is spare.
+    A full buffer grows by one part in 32: so many tokens share its copy, and no more than that is spare.
     """
     start = store.get("n", 0)
     n = start + k.size(2)
     if "kv" not in store or n > store["kv"].size(3):
         B, nh, _, hs = k.shape
-        grown = k.new_empty(2, B, nh, n + max(16, n // 16), hs)
+        grown = k.new_empty(2, B, nh, n + max(16, n // 32), hs)
         if start:
             grown[..., :start, :] = store["kv"][..., :start, :]
         store["kv"] = grown

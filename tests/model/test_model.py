@@ -430,7 +430,7 @@ def test_append_kv_copies_seldom_and_spares_little():
         append_to_cache(store, *torch.zeros(2, 1, 1, 1, 4))
         if store["kv"].size(3) != size:
             size, copied = store["kv"].size(3), copied + n - 1
-        assert n <= size <= n + max(16, n // 16)
+        assert n <= size <= n + max(16, n // 32)
     reads = sum(range(3001))  # attention reads all of them for each token
     assert copied <= reads / 16
 
