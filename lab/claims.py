@@ -15,7 +15,7 @@ from data.domains import SHUFFLED
 from data.files import replace_file
 from lab import stats
 from lab.ablate import LEAST_SEEDS, difference, markdown, write_between_marks
-from lab.pictures import TIGHT, png, pyplot
+from lab.pictures import TIGHT, png, pyplot, spread_out
 
 SIGNIFICANT = 0.05
 
@@ -238,14 +238,6 @@ def finite(value):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures, legible at the width of a telephone.
-
-
-def spread_out(heights, least):
-    """The same heights, moved apart until neighbours are `least` from each other: where labels go."""
-    order, placed = np.argsort(heights), np.array(heights, float)
-    for lower, upper in zip(order, order[1:]):
-        placed[upper] = max(placed[upper], placed[lower] + least)
-    return placed
 
 
 def picture_ladder(card):

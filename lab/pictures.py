@@ -66,6 +66,14 @@ def png(figure):
     return data.getvalue()
 
 
+def spread_out(heights, least):
+    """The same heights, moved apart until neighbours are `least` from each other: where labels go."""
+    order, placed = np.argsort(heights), np.array(heights, float)
+    for lower, upper in zip(order, order[1:]):
+        placed[upper] = max(placed[upper], placed[lower] + least)
+    return placed
+
+
 def load(folder, kind):
     """(model, its modules of a kind) from a run's checkpoint; ConfigError if there are none."""
     model = GPT.from_checkpoint(load_checkpoint(Path(folder) / "ckpt.pt"))

@@ -38,7 +38,7 @@ from data.skills.prepare import prepare as prepare_rows
 from lab import ablate
 from lab.ablate import AblateConfig, find_rows, find_runs, front, markdown, read_json, words_of, write_between_marks
 from lab.cost import decoding_bytes
-from lab.pictures import TIGHT, png, pyplot
+from lab.pictures import TIGHT, png, pyplot, spread_out
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint
 from train import TrainConfig
 
@@ -287,6 +287,7 @@ def profile(records):
         axes.grid(axis="y", alpha=0.3)
     panels[0][0].set_yticks(range(len(rows)), rows, fontsize=8)
     panels[0][0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.suptitle("What each row can do, by skill", fontsize=10)
     figure.supxlabel("share of answers that are right; a dot is a seed, grey a random guess", fontsize=8)
     return figure
 
@@ -306,12 +307,15 @@ def against_state(records):
                 groups.setdefault(record["row"], []).append((record["state_bytes"], record["accuracy"]))
         points = {row: tuple(map(statistics.fmean, zip(*each))) for row, each in groups.items()}
         best = front({row: (size, -accuracy) for row, (size, accuracy) in points.items()})
-        for row, (size, accuracy) in points.items():
+        heights = spread_out([accuracy for _, accuracy in points.values()], 0.07)
+        for (row, (size, accuracy)), height in zip(points.items(), heights):
             axes.plot(size, accuracy, "o", color="tab:red" if row in best else "grey", ms=5)
-            axes.annotate(row, (size, accuracy), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axes.set(xscale="log", ylim=(-0.05, 1.1), title=task)
+            axes.text(1.15 * size, height, row, fontsize=6, va="center")
+        largest = max(size for size, _ in points.values())
+        axes.set(xscale="log", ylim=(-0.05, max(1.1, *heights)), title=task)
+        axes.set_xlim(right=12 * largest)  # room for its name
         axes.grid(alpha=0.3)
-    figure.supxlabel("bytes of the state after a row", fontsize=8)
+    figure.supxlabel("bytes of the state after a row\nred: nothing is both smaller and better", fontsize=8)
     figure.supylabel("share of answers that are right", fontsize=8)
     return figure
 

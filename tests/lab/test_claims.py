@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from helpers import ROOT
-from lab import claims, laws
+from lab import claims, laws, pictures
 
 
 def gap(idea, shift=0.0, spread=0.002, seeds=5, rng=0):
@@ -186,7 +186,7 @@ def test_labels_do_not_collide():
     boxes = boxes_of(claims.picture_survival(cards))
     assert len(boxes) == 7  # the baseline is one of them
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    placed = claims.spread_out([0.0, 0.01, -0.02, 0.011], 0.05)
+    placed = pictures.spread_out([0.0, 0.01, -0.02, 0.011], 0.05)
     assert min(abs(a - b) for a, b in itertools.combinations(placed, 2)) >= 0.05 - 1e-12
     assert list(np.argsort(placed)) == [2, 0, 1, 3]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from data import prepare
 from data.corpus import DataError, build_tokenizer, load_meta, load_tokenizer, open_split, write_dataset
 from data.dataset import TRAIN, VAL_LOSS, Mixture, TokenDataset, open_dataset, shares_of
@@ -178,3 +179,16 @@ def test_one_part_is_that_data_set(pair):
     for (x, y), (u, v) in zip(one.val_windows(4, config, "cpu", 0, 1), plain.val_windows(4, config, "cpu", 0, 1)):
         assert torch.equal(x, u) and torch.equal(y, v)
     assert json.dumps(one.meta["val_tokens"]) == json.dumps(plain.meta["val_tokens"])
+
+
+def test_only_the_main_process_prepares(tmp_path, monkeypatch):
+    """The others get its answer: two that prepared one folder would be in each other's way."""
+    monkeypatch.setattr(prepare, "OWN", tmp_path / "own")
+    (tmp_path / "mine.txt").write_text(VERSE)
+    cfg = TrainConfig(dataset=str(tmp_path / "mine.txt"))
+    other = SimpleNamespace(is_main=False, of_main=lambda value: value or "the main one's")
+    assert train.own_text(cfg, other) == "the main one's" and not (tmp_path / "own").exists()
+    folder = train.own_text(cfg, SimpleNamespace(is_main=True, of_main=lambda value: value))
+    assert text_of(folder) == VERSE
+    named = TrainConfig(dataset=next((tmp_path / "own").iterdir()).name, data_dir=str(tmp_path / "own"))
+    assert train.own_text(named, other) == named.dataset  # a data set's name stays
