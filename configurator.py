@@ -443,14 +443,24 @@ def read(argv, *classes, doc="", aliases=None):
 # Printing.
 
 
-def print_help(keys, doc, aliases):
-    print(doc.strip())
-    group = None
+def listing(keys):
+    """Lines for --help: each key with its default, type and meaning, under the heads of its groups."""
+    lines, group = [], None
     for key in keys.values():
         if key.group != group:
             group = key.group
-            print(f"\n{group}:")
-        print(f"  --{key.name}={key.default!r}  ({key.type_name})  {key.help}")
+            lines += ["", f"{group}:"]
+        lines.append(f"  --{key.name}={key.default!r}  ({key.type_name})  {key.help}")
+    return lines
+
+
+def documented(cls):
+    """The docstring of a class of flags, with what --help says of them: for help(GPTConfig)."""
+    return "\n".join((cls.__doc__, *listing(keys_of(cls))))
+
+
+def print_help(keys, doc, aliases):
+    print("\n".join((doc.strip(), *listing(keys))))
     if aliases:
         print("\nnames that other tools use:")
     for name, function in aliases.items():

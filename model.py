@@ -38,7 +38,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configurator import check_values
+from configurator import check_values, documented
 from data.checkpoint import CheckpointError, load_checkpoint as load_checkpoint, save_checkpoint as save_checkpoint
 from kernels import e7, knots, ramanujan
 from kernels.block_sparse import Route, block_sparse_attention, reference
@@ -545,6 +545,7 @@ CONFLICTS = (  # what makes no sense, and what to write instead; {flag} is its v
     (lambda c: c.htm_meta_strength and not all(getattr(MIXERS[name], "has_columns", False) for name in c.mixers),
      "htm_meta_strength needs mixers with c_attn and c_proj, which {attn_mode} or {attn_pattern!r} has not"),
 )  # fmt: skip
+GPTConfig.__doc__ = documented(GPTConfig)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -47,12 +47,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from configurator import ROOT, ConfigError, check_values
 from data.corpus import GPT2, GPT2_NAMES, DataError, first_ids, has_tokenizer, load_tokenizer, same_tokenizer, visible
 from data.dataset import TRAIN, TRAIN_LOSS, VAL_LOSS, folder_of, open_dataset
 from data.files import replace_file
+from data.progress import tqdm
 from data.runs import STABLE, find_checkpoint, hold, keep_previous, open_metrics, prepare_out_dir
 from kernels.muon import Muon as Muon
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint, save_checkpoint
@@ -940,8 +940,9 @@ class Log:
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=start)
         if cfg.wandb_log:
             self.wandb = start_wandb(cfg, facts)
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=cfg.max_iters, initial=start, unit="step", disable=not self.terminal, dynamic_ncols=True)
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(total=cfg.max_iters, initial=start, unit="step", disable=hidden, dynamic_ncols=True)
+        self.terminal = not self.bar.disable
 
     def metrics(self, step, values):
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no inf

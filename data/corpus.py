@@ -97,8 +97,7 @@ class GPT2:
     name, vocab_size, eot = "gpt2", 50257, 50256
 
     def __init__(self):
-        import tiktoken
-
+        tiktoken = package("tiktoken", "GPT-2's tokenizer")
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as e:  # requests' errors are OSErrors; a damaged download is a ValueError
@@ -147,7 +146,7 @@ class SentencePiece:
         """`model`: the bytes of a tokenizer.model."""
         self.model = model
         try:
-            self.sp = import_sentencepiece().SentencePieceProcessor(model_proto=model)
+            self.sp = package("sentencepiece", "the sentencepiece tokenizer").SentencePieceProcessor(model_proto=model)
         except RuntimeError as e:
             raise DataError("tokenizer.model is not a sentencepiece model: run its prepare.py again") from e
         self.vocab_size = self.sp.get_piece_size()
@@ -163,7 +162,7 @@ class SentencePiece:
         found = []
         cuts = (line[i : i + LONGEST] for line in text.split("\n") for i in range(0, len(line), LONGEST))
         try:
-            import_sentencepiece().SentencePieceTrainer.train(
+            package("sentencepiece", "the sentencepiece tokenizer").SentencePieceTrainer.train(
                 sentence_iterator=iter(list(cuts)),
                 model_writer=_Sink(found),
                 model_type="unigram",
@@ -220,12 +219,12 @@ class _Sink:
         self.parts.append(bytes(part))
 
 
-def import_sentencepiece():
+def package(name, user):
+    """An optional package; DataError, saying how to install it, where it is missing."""
     try:
-        import sentencepiece
+        return importlib.import_module(name)
     except ImportError:
-        raise DataError("the sentencepiece tokenizer needs its package: pip install sentencepiece") from None
-    return sentencepiece
+        raise DataError(f"{user} needs its package: pip install {name}") from None
 
 
 def build_tokenizer(name, train_text="", val_text="", vocab_size=2048):

@@ -46,6 +46,7 @@ import configurator
 from configurator import ROOT, ConfigError, check_values
 from data.corpus import DataError, load_meta
 from data.files import fcntl, replace_file
+from data.progress import tqdm
 from data.runs import STABLE
 from lab import bench, identity, measure, pictures, stats
 from lab.pictures import TIGHT, png, pyplot
@@ -155,6 +156,7 @@ class Run:
         self.folder, self.row = Path(folder), Path(folder).parent.name
         lr, seed = Path(folder).name.removeprefix("lr").split("-seed")
         self.lr, self.seed = float(lr), int(seed)
+        self.began = None  # when this process began to train it
         self.read()
 
     def read(self):
@@ -398,30 +400,57 @@ def finish(cfg, run, status):
     return f"val loss {run.loss:.4f}, {run.speed:,.0f} tokens/s"
 
 
+class Queue:
+    """How far a queue of runs is: a line per run that ended, and on a terminal a bar with the time that is left."""
+
+    def __init__(self, total):
+        self.total, self.count, self.trained, self.began = total, 0, 0, time.monotonic()
+        self.bar = tqdm(total=total, unit="run", disable=not (total and sys.stderr.isatty()), dynamic_ncols=True)
+
+    def ended(self, run, told):
+        """Show what became of a run; the time left is that of the runs so far, which no other process trained."""
+        self.count += 1
+        self.trained += run.began is not None
+        line = f"[{self.count}/{self.total}] {run}: {told}"
+        self.bar.update()
+        if self.bar.disable:
+            print(line + self.left, flush=True)
+        else:
+            self.bar.write(line)
+
+    @property
+    def left(self):
+        """ "; about 12 min left", from the time per run so far, those at the same time included."""
+        if not self.trained or self.count == self.total:
+            return ""
+        hours = (time.monotonic() - self.began) / self.trained * (self.total - self.count) / 3600
+        return f"; about {hours:.1f} h left" if hours >= 1 else f"; about {math.ceil(60 * hours)} min left"
+
+
 def train(cfg, runs):
     """Train those of `runs` that are not finished, cfg.jobs at a time."""
     unfinished, active = [run for run in runs if not run.is_done], {}
-    waiting, total, ended = list(unfinished), len(unfinished), 0
-    print(f"{len(runs)} runs, {len(runs) - total} of them finished before", flush=True)
+    waiting, queue = list(unfinished), Queue(len(unfinished))
+    print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished before", flush=True)
     try:
         while waiting or active:
             while waiting and len(active) < cfg.jobs:
                 run = waiting.pop(0)
                 process = start(cfg, run)
                 if process is None:
-                    ended += 1
-                    print(f"[{ended}/{total}] {run}: is being trained by another process", flush=True)
+                    queue.ended(run, "is being trained by another process")
                 else:
                     active[process] = run
             time.sleep(0.1)
             for process in [p for p in active if p.poll() is not None]:
-                run, ended = active.pop(process), ended + 1
-                print(f"[{ended}/{total}] {run}: {finish(cfg, run, process.returncode)}", flush=True)
+                run = active.pop(process)
+                queue.ended(run, finish(cfg, run, process.returncode))
     finally:  # Ctrl-C: runs save themselves
         for process in active:
             process.terminate()
         for process in active:
             process.wait()
+        queue.bar.close()
     for run in unfinished:  # not those of the records, which have no folder
         run.read()
 

@@ -46,6 +46,8 @@ from model import (
 from train import TrainConfig
 
 TIGHT = {"layout": "constrained"}
+# Okabe and Ito's colours, which the colour-blind can tell apart, without black and the yellow that white swallows
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 
 
 def pyplot():
@@ -56,6 +58,8 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    cycler = plt.cycler
+    plt.rcParams["axes.prop_cycle"] = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
     return plt
 
 

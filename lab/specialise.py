@@ -330,7 +330,7 @@ def without_flags(body):
             continue
         if isinstance(node, ast.Assign) and "model.GPTConfig" in read(node):
             values = [getattr(model, name.rpartition(".")[2]) for name in defined(node)]
-            if not is_plain(tuple(values)):
+            if not values or not is_plain(tuple(values)):  # not values: its docstring is set
                 continue
             node.value = literal(tuple(values) if len(values) > 1 else values[0])
         found.append(node)

@@ -24,7 +24,6 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, from any working directory
 
@@ -33,6 +32,7 @@ from configurator import expand
 from data import corpus
 from data.corpus import DataError
 from data.files import is_file
+from data.progress import tqdm
 from data.reader import kind_of, local_documents
 
 HERE = Path(__file__).resolve().parent

@@ -13,6 +13,7 @@ import sys
 import time
 from functools import partial
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from scipy import stats
@@ -395,6 +396,33 @@ def test_difference():
     assert welch.kind == "Welch" and math.isclose(welch.half, (interval.high - interval.low) / 2, rel_tol=0.1)
     assert welch.verdict == "better (Welch)"
     assert difference({0: 1.0}, {0: 1.5}) == Difference(-0.5, None, "one seed")
+
+
+def test_a_queue_says_what_is_left(monkeypatch, capsys):
+    """By the time per run so far; a run that another process trains took none of it."""
+    now = [1000.0]
+    monkeypatch.setattr(ablate.time, "monotonic", lambda: now[0])
+    ours, theirs = SimpleNamespace(began=1.0), SimpleNamespace(began=None)
+    queue = ablate.Queue(5)
+    queue.ended(theirs, "elsewhere")
+    now[0] += 90
+    queue.ended(ours, "done")
+    now[0] += 3600 - 90
+    queue.ended(ours, "done")
+    queue.ended(theirs, "elsewhere")
+    queue.ended(ours, "done")
+    left = [line.partition(";")[2] for line in capsys.readouterr().out.splitlines()]
+    assert left == ["", " about 5 min left", " about 1.0 h left", " about 30 min left", ""]
+
+
+def test_a_queue_on_a_terminal_has_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(ablate.sys.stderr, "isatty", lambda: True, raising=False)
+    queue = ablate.Queue(2)
+    for _ in range(2):
+        queue.ended(SimpleNamespace(began=1.0), "done")
+    queue.bar.close()
+    told = capsys.readouterr()
+    assert "2/2" in told.err and told.out.count("done") == 2 and "left" not in told.out
 
 
 def test_pareto_front():

@@ -1,12 +1,14 @@
 """E7 in integers, its coset and lattice, manifolds and spectral coordinates, against brute force and other packages."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from kernels.e7 import CODE, e7_symplectic, e7_weights, e8_gram, e8_levels, lattice_sign
+from helpers import FIXTURES
+from kernels.e7 import e7_symplectic, e7_weights, e8_gram, e8_levels, lattice_sign
 from model import (
     E7_SETS,
     E7_STAGES,
@@ -26,6 +28,7 @@ from model import (
 )
 from train import curriculum, tokens_before
 
+OTHERS = json.loads((FIXTURES / "e7.json").read_text())  # what other packages say: tests/fixtures/make_e7.py
 MANIFOLDS = ("sphere", "e7", "rotor")
 E, ROOTS, WEIGHTS = e7_representation(), e7_roots(), e7_weights()
 OMEGA = e7_symplectic()
@@ -65,8 +68,7 @@ def test_roots_are_e7():
 
 def test_roots_are_those_of_mutation_game():
     """The same roots in simple-root coordinates, once its seven nodes are matched with ours by the diagram."""
-    games = pytest.importorskip("mutation_game")
-    theirs = torch.tensor([r.tolist() for r in games.MutationGame.from_dynkin("E7").calculate_roots()])
+    theirs = torch.tensor(OTHERS["roots"])
     ours = torch.cat((e8_levels()[0], -e8_levels()[0]))[:, :7]
     assert len(theirs) == 126
     path, side = [0, 2, 3, 4, 5, 6], 1  # Bourbaki's nodes 1, 3, 4, 5, 6, 7 and 2
@@ -117,16 +119,14 @@ def test_dimension_is_133_of_which_63_are_compact():
 
 def test_algebra_is_that_of_dhl_mm():
     """As many structure constants as that package has, in a basis of simple coroots, and a Killing form like its."""
-    dhl = pytest.importorskip("dhl_mm")
-    other = dhl.algebra("E7")
+    other = OTHERS["algebra"]
     basis = torch.cat((E.double(), CARTAN))
-    ours = torch.einsum("aij,bji->ab", basis, basis)
-    signs = [torch.linalg.eigvalsh(torch.as_tensor(form).double()) > 0 for form in (ours, other.killing)]
-    assert other.dim == 133 and other.n_roots == 126 and signs[0].sum() == signs[1].sum() == 70  # the split form
+    ours = torch.linalg.eigvalsh(torch.einsum("aij,bji->ab", basis, basis)) > 0
+    assert other["dim"] == 133 and other["n_roots"] == 126 and ours.sum() == other["positive"] == 70  # the split form
     pairs = sum(int(((ROOTS @ r // 4) == -1).sum()) for r in ROOTS)  # [E_a, E_b] = +-E_{a+b}
     positive = e8_levels()[0][:, :7]
     heights = (positive != 0).sum(), (positive @ e8_gram()[:7, :7] != 0).sum()  # coroots; [h_i, E_a] and [E_a, h_i]
-    assert other.n_structure_constants == pairs + 2 * heights[0] + 4 * heights[1]
+    assert other["n_structure_constants"] == pairs + 2 * heights[0] + 4 * heights[1]
 
 
 def test_jacobi():
@@ -346,17 +346,10 @@ def test_second_moment():
 
 
 def test_lattice_agrees_with_fpylll():
-    fpylll = pytest.importorskip("fpylll")
-    generators = torch.cat((torch.tensor(CODE)[1:], 2 * torch.eye(7, dtype=torch.int64)))
-    basis = fpylll.IntegerMatrix.from_matrix(generators.tolist())
-    fpylll.LLL.reduction(basis)
-    rows = [list(r) for r in basis if any(r)]
-    basis = fpylll.IntegerMatrix.from_matrix([[1000 * v for v in r] for r in rows])
-    assert len(rows) == 7
-    for x in (uniform(40, 7, most=4.0, seed=2) * 1000).round().long().tolist():  # in units of z / 1000
-        wanted = torch.tensor(fpylll.CVP.closest_vector(basis, x))
+    assert OTHERS["rank"] == 7 and len(OTHERS["nearest"]) == 40
+    for x, wanted in OTHERS["nearest"]:  # in thousandths of sqrt(2) E7
         got = e7_lattice_round(torch.tensor(x).double() / 1000 / 2**0.5) * 2**0.5 * 1000
-        assert (got - wanted).abs().max() < 1e-6
+        assert (got - torch.tensor(wanted)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
