@@ -22,8 +22,6 @@ tables then say.
 it, and further until a lower and a higher rate are worse than the best one; then with the other seeds at that one.
 """
 
-import base64
-import html
 import json
 import math
 import os
@@ -49,6 +47,7 @@ from data.files import fcntl, replace_file
 from data.progress import tqdm
 from data.runs import STABLE
 from lab import bench, identity, measure, pictures, stats
+from lab.page import page
 from lab.pictures import TIGHT, png, pyplot
 from model import GPT, GPTConfig
 from train import TrainConfig
@@ -866,7 +865,12 @@ def report(cfg, runs):
         plots = {f"{cfg.name}-curves": plot_curves(*rows)} | plots
     for name, data in plots.items():
         replace_file(docs / "img" / f"{name}.png", data)
-    replace_file(docs / f"{cfg.name}.html", page(cfg, intro, parts, plots, runs, failed).encode())
+    finished = {
+        row: [run for run in runs if run.row == row and run.is_done] for row in dict.fromkeys(run.row for run in runs)
+    }
+    finished = {row: found for row, found in finished.items() if found}
+    text = page(cfg.name, intro, parts, plots, finished, failed, f"results/{cfg.name}.jsonl")
+    replace_file(docs / f"{cfg.name}.html", text.encode())
     link = f"The same, sortable and with every config: docs/{cfg.name}.html, which `make report` builds."
     text = [f"## Comparison: {cfg.name}", intro, link]
     for title, remark, table in parts:
@@ -964,50 +968,6 @@ def plot_pareto(column, rows, timings):
     panels[0].set_ylim(min(losses.values()) - margin, top + margin)
     figure.suptitle(f"Loss against cost, {column}; red: nothing is both cheaper and better{above}")
     return png(figure)
-
-
-# The page: one file, nothing fetched.
-
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem } td, th { padding: .15rem .6rem; text-align: right }
-td:first-child, th:first-child { text-align: left } th { cursor: pointer; border-bottom: 2px solid #888 }
-tr:nth-child(even) { background: #8881 } img { max-width: 100% } pre { background: #8881; padding: .5rem }"""
-SORT = """for (const th of document.querySelectorAll('th')) th.onclick = () => {
-  const body = th.closest('table').tBodies[0], i = th.cellIndex, up = th.dataset.up = th.dataset.up == 1 ? 0 : 1;
-  const of = row => { const v = row.cells[i].dataset.v; return v === '' || isNaN(v) ? v : Number(v) };
-  const less = (x, y) => typeof x == 'number' && typeof y == 'number' ? x - y : String(x).localeCompare(String(y));
-  [...body.rows].sort((a, b) => (up == 1 ? 1 : -1) * less(of(a), of(b))).forEach(row => body.append(row));
-};"""
-
-
-def html_table(table):
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table[0])
-    cell = '<td data-v="{}">{}</td>'.format
-    body = "\n".join(
-        "<tr>"
-        + "".join(cell("" if v is None else html.escape(str(v)), html.escape(text)) for text, v in cells.values())
-        + "</tr>"
-        for cells in table
-    )
-    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
-
-
-def page(cfg, intro, parts, plots, runs, failed):
-    say = html.escape
-    body = [f"<h1>{say(cfg.name)}</h1><p>{say(intro)}</p><p>A click on a header sorts.</p>"]
-    for title, remark, table in parts:
-        body.append(f"<h2>{say(title)}</h2><p>{say(remark)}</p>{html_table(table)}")
-    for name, data in plots.items():
-        body.append(f'<img alt="{say(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">')
-    body += [f"<h2>Failed</h2><p>{say('; '.join(failed))}</p>"] if failed else []
-    body.append("<h2>Configs</h2>")
-    for row in dict.fromkeys(run.row for run in runs if run.is_done):
-        of = [run for run in runs if run.is_done and run.row == row]
-        lines = [f"{' '.join(run.asked['flags'])}  # {run.loss:.4f}, commit {run.facts['git_commit']}" for run in of]
-        text = say(of[-1].asked["text"] + "\n" + "\n".join(lines))
-        body.append(f"<details><summary>{say(row)}</summary><pre>{text}</pre></details>")
-    head = f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{say(cfg.name)}</title>'
-    return f"{head}<style>{STYLE}</style></head>\n<body>{chr(10).join(body)}<script>{SORT}</script></body></html>\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from configurator import ConfigError
 from helpers import ROOT, TrainHere, command_here
 from lab import ablate
 from lab.ablate import AblateConfig, Difference, Run, difference, find_runs, front
+from lab.page import drawn, scale_of
 
 pytestmark = pytest.mark.slow
 
@@ -464,18 +465,52 @@ def test_the_page_in_a_browser(recipe, tmp_path, in_process):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(driver))
     try:
-        browser.get((tmp_path / "page.html").as_uri())
-        first = "document.querySelectorAll('table')[0]"
-        cells = f"return [...{first}.tBodies[0].rows].map(row => row.cells[0].textContent)"
-        assert sorted(browser.execute_script(cells)) == ["baseline", "bias", "relu2"]
-        for order in (["baseline", "bias", "relu2"], ["relu2", "bias", "baseline"]):
-            browser.execute_script(f"{first}.tHead.rows[0].cells[0].click()")
-            assert browser.execute_script(cells) == order
-        widths = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
-        assert len(widths) == 2 and min(widths) > 300
-        assert browser.get_log("browser") == []
+        for width in (1280, 390):
+            size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            browser.get((tmp_path / "page.html").as_uri())
+            assert browser.execute_script("return innerWidth") == width
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width  # nothing sticks out
+            sort_and_filter(browser)
+            widths = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
+            assert len(widths) == 2 and min(widths) > 300
+            assert browser.get_log("browser") == []
     finally:
         browser.quit()
+
+
+def sort_and_filter(browser):
+    first = "document.querySelectorAll('table')[0]"
+    cells = f"return [...{first}.tBodies[0].rows].filter(row => !row.hidden).map(row => row.cells[0].textContent)"
+    order = f"return {first}.tHead.rows[0].cells[0].ariaSort"
+    assert sorted(browser.execute_script(cells)) == ["baseline", "bias", "relu2"]
+    for sort, rows in (("ascending", ["baseline", "bias", "relu2"]), ("descending", ["relu2", "bias", "baseline"])):
+        browser.execute_script(f"{first}.tHead.rows[0].cells[0].click()")
+        assert browser.execute_script(cells) == rows and browser.execute_script(order) == sort
+    words = "const f = document.querySelector('input'); f.value = arguments[0]; f.dispatchEvent(new Event('input'))"
+    browser.execute_script(words, "relu, base")
+    assert browser.execute_script(cells) == ["relu2", "baseline"]
+    assert not browser.execute_script("return document.querySelector('#row-relu2').hidden")
+    assert browser.execute_script("return document.querySelector('#row-bias').hidden")
+    browser.execute_script(words, "")
+    assert len(browser.execute_script(cells)) == 3
+    targets = "return [...document.querySelectorAll('td a')].every(a => document.querySelector(a.getAttribute('href')))"
+    assert browser.execute_script(targets)
+
+
+def test_intervals_are_drawn_to_scale():
+    """Zero in the middle, the largest interval of the table at an end, in the colour of its verdict."""
+    table = [{"row": ("a", "a"), "to baseline": (text, 0)} for text in ("-0.0300 ± 0.0100", "+0.0200 ± 0.0300", "")]
+    assert scale_of(table) == pytest.approx(0.05) and scale_of(table[2:]) == 0
+    better, unknown = (
+        re.sub(r"<path[^>]*stroke=.#8888./>", "", drawn(cells["to baseline"][0], 0.05)) for cells in table[:2]
+    )
+    assert "M10.0 6H30.0" in better and 'cx="20.0"' in better and "var(--better)" in better
+    assert "M40.0 6H100.0" in unknown and 'cx="70.0"' in unknown and "color: inherit" in unknown
+    assert "var(--worse)" in drawn("+0.0400 ± 0.0100", 0.05) and "inherit" in drawn("-0.0400", 0.05)
+    far = [{"row": ("a", "a"), "to baseline": (f"+{x:.4f}", x)} for x in (0.01, 0.02, 0.03, 5.0)]
+    assert scale_of(far) == pytest.approx(0.09)  # three times the median: one bad row does not flatten the others
+    assert 'cx="100.0"' in drawn("+5.0000", 0.09)
 
 
 def test_a_sweep_is_a_row_per_combination():
