@@ -48,7 +48,7 @@ from data.progress import tqdm
 from data.runs import STABLE
 from lab import bench, identity, measure, pictures, stats
 from lab.page import page
-from lab.pictures import TIGHT, png, pyplot
+from lab.pictures import COLOURS, LINES, TIGHT, png, pyplot
 from model import GPT, GPTConfig
 from train import TrainConfig
 
@@ -919,13 +919,18 @@ def plot_curves(column, rows, named=10):
             continue
         tokens = [line["tokens"] for line in next(run.evaluations for run in rows[row] if run.has_curve)]
         mean = [statistics.fmean(values) for values in zip(*curves)]
-        style = {"color": "lightgrey", "lw": 0.8}
+        style = {"color": "lightgrey", "lw": 0.8, "ls": "-"}
+        if row in order[:named]:
+            style = {"color": COLOURS[order.index(row) % len(COLOURS)], "ls": LINES[order.index(row) // len(COLOURS)]}
+        if row == BASELINE:
+            style = {"color": "black", "ls": "-"}
         if row == BASELINE or row in order[:named]:
-            style = {"label": f"{row} {mean[-1]:.3f}", "lw": 1.5} | ({"color": "black"} if row == BASELINE else {})
+            style |= {"label": f"{row} {mean[-1]:.3f}", "lw": 1.5}
         axes.plot(tokens, mean, **style)
     losses = [statistics.fmean(run.loss for run in runs) for runs in rows.values()]
     top, _ = ceiling(losses)
     axes.set(xlabel="tokens", ylabel="val loss, nats per token", title=f"Loss, {column}")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")
     axes.set_ylim(min(losses) - 0.1, top + 1.0)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=8)

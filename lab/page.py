@@ -26,13 +26,13 @@ h1 { font-size: 1.3rem; margin: 0 } h2 { margin: 2rem 0 .5rem; font-size: 1.15re
 input { font: inherit; padding: .2rem .5rem; width: 14rem; max-width: 100% }
 .wide { overflow-x: auto } table { border-collapse: collapse; overflow-wrap: normal }
 td, th { padding: .2rem .6rem; text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-svg { overflow: visible } td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
+td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
 th { cursor: pointer; border-bottom: 2px solid var(--line); vertical-align: bottom }
 th[aria-sort=ascending]::after { content: " \\25b2" } th[aria-sort=descending]::after { content: " \\25bc" }
 tbody tr { border-bottom: 1px solid var(--stripe) } [hidden] { display: none }
 img { max-width: 100%; background: #fff } pre { background: var(--stripe); padding: .5rem; overflow-x: auto;
   white-space: pre-wrap } a { color: var(--better) }
-svg { vertical-align: middle; margin-left: .5rem } summary { cursor: pointer } details p { margin: .3rem 0 }
+svg { vertical-align: middle; margin-left: .5rem; overflow: visible } summary { cursor: pointer } details p { margin: .3rem 0 }
 .legend svg { margin: 0 } #rows dt { font-weight: 600 } #rows dd { margin: 0 0 .6rem 1rem }
 """
 

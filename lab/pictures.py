@@ -48,6 +48,7 @@ from train import TrainConfig
 TIGHT = {"layout": "constrained"}
 # Okabe and Ito's colours, which the colour-blind can tell apart, without black and the yellow that white swallows
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
+LINES = ["-", "--", ":"]  # once the colours are used up
 
 
 def pyplot():
@@ -59,7 +60,7 @@ def pyplot():
     import matplotlib.pyplot as plt
 
     cycler = plt.cycler
-    plt.rcParams["axes.prop_cycle"] = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
+    plt.rcParams["axes.prop_cycle"] = cycler(linestyle=LINES) * cycler(color=COLOURS)
     return plt
 
 
