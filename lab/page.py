@@ -32,7 +32,8 @@ th[aria-sort=ascending]::after { content: " \\25b2" } th[aria-sort=descending]::
 tbody tr { border-bottom: 1px solid var(--stripe) } [hidden] { display: none }
 img { max-width: 100%; background: #fff } pre { background: var(--stripe); padding: .5rem; overflow-x: auto;
   white-space: pre-wrap } a { color: var(--better) }
-svg { vertical-align: middle; margin-left: .5rem; overflow: visible } summary { cursor: pointer } details p { margin: .3rem 0 }
+svg { vertical-align: middle; margin-left: .5rem; overflow: visible }
+summary { cursor: pointer } details p { margin: .3rem 0 }
 .legend svg { margin: 0 } #rows dt { font-weight: 600 } #rows dd { margin: 0 0 .6rem 1rem }
 """
 
