@@ -1,6 +1,7 @@
 """What the documents say about the code is true of the code."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -88,3 +89,22 @@ def test_what_became_of_the_originals_is_there():
 
 
 CHECKED_ELSEWHERE = {"chunk_docs", "repetition_penalty", "center_scale", "num_params", "init_from"}
+
+
+@pytest.mark.slow
+def test_the_tour_runs(tmp_path):
+    """Its code as one script, with pictures to nowhere; what is stored of its outputs is small."""
+    path = ROOT / "docs/tour.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert path.stat().st_size < 150_000 and code.count("%matplotlib inline") == 1
+    code = code.replace("%matplotlib inline", "import matplotlib; matplotlib.use('Agg')").replace(
+        "steps=250", "steps=50"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "largest change before the last token: 0.0\n" in done.stdout and "refused: " in done.stdout
+    kept = "".join("".join(o.get("text", "")) for cell in cells for o in cell.get("outputs", []))
+    assert [line.split(":")[0] for line in kept.splitlines()] == [
+        line.split(":")[0] for line in done.stdout.splitlines()
+    ]
