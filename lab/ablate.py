@@ -471,7 +471,7 @@ def tune(cfg, rows):
     return {row: min(tried[row], key=tried[row].get) for row in rows if tried[row]}
 
 
-def rates_to_try(tried, start):
+def rates_to_try(tried, start, step=STEP):
     """
     The next learning rates, given {rate: loss} of those tried: `start` and its neighbours, then a step beyond the best
     while it lies at an edge. Empty once a worse rate lies on both sides, or when nothing trains.
@@ -481,8 +481,8 @@ def rates_to_try(tried, start):
     best = min(tried, key=tried.get)
     if math.isinf(tried[best]) or len(tried) >= MOST_RATES:
         return []
-    lower = [] if min(tried) < best else [best / STEP]
-    higher = [] if max(tried) > best else [best * STEP]
+    lower = [] if min(tried) < best else [best / step]
+    higher = [] if max(tried) > best else [best * step]
     return [float(f"{lr:.1e}") for lr in lower + higher]
 
 

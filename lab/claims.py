@@ -14,8 +14,8 @@ import numpy as np
 from data.domains import SHUFFLED
 from data.files import replace_file
 from lab import stats
-from lab.ablate import LEAST_SEEDS, difference, markdown, write_between_marks
-from lab.pictures import TIGHT, png, pyplot, spread_out
+from lab.ablate import LEAST_SEEDS, difference, front, markdown, write_between_marks
+from lab.pictures import COLOURS, TIGHT, png, pyplot, spread_out
 
 SIGNIFICANT = 0.05
 
@@ -158,15 +158,37 @@ def ladders(card):
 
 
 def tunings(card):
-    """Sentences on the rates that were tried."""
+    """Sentences on the rates and weight decays that were tried."""
     told = []
     for name, each in card["baselines"].items():
         for row, tried in (each["tuning"] or {}).items():
-            rates = ", ".join(f"{lr:g}" for lr in sorted(map(float, tried["losses"])))
-            best = ", ".join("diverged" if loss is None else f"{loss:.4f}" for loss in tried["expected_best"])
-            state = "tuned" if tried["is_bracketed"] else "unbracketed"
-            told.append(f"- {name}, {row}: {state}, {tried['best']:g} of {rates}; expected best of n trials: {best}")
+            told.append(f"- {name}, {row}: {tuning(tried)}")
+            if decays := tried.get("weight_decay"):
+                told.append(f"- {name}, {row}, weight decay: {tuning(decays)}")
+        for size, rates in each.get("ladder_rates", {}).items():
+            found = ", ".join(f"{row} {rate:g}" for row, rate in rates.items())
+            told.append(f"- {name}, at {size}: {found}")
     return told
+
+
+def tuning(tried):
+    values = ", ".join(f"{value:g}" for value in sorted(map(float, tried["losses"])))
+    best = ", ".join("diverged" if loss is None else f"{loss:.4f}" for loss in tried["expected_best"])
+    state = "tuned" if tried["is_bracketed"] else "unbracketed"
+    return f"{state}, {tried['best']:g} of {values}; expected best of n trials: {best}"
+
+
+def size_alone(card, name):
+    """What a baseline's own law over sizes gives for the idea's parameters, nats per token; None without such a law.
+
+    Along the ladder tokens are 20 per parameter, so that L = E + A K^-alpha holds for parameters too.
+    """
+    ladder = card["ladder"].get(name)
+    if ladder is None or ladder["over"] != "sizes":
+        return None
+    _, A, alpha = (ladder["law"][key] for key in ("E", "A", "alpha"))
+    K = min(map(float, ladder["losses"]["baseline"]))
+    return A * K**-alpha * (card["baselines"][name]["parameters"] ** -alpha - 1)
 
 
 def text_of(card):
@@ -186,7 +208,14 @@ def text_of(card):
         markdown(costs(card)),
     ]
     if any(each["parameters"] > 1.01 or each["parameters"] < 0.99 for each in card["baselines"].values()):
-        parts.append("**Parameters differ by more than 1 %**: part of a difference may be due to size.")
+        worth = {name: size_alone(card, name) for name in card["baselines"]}
+        told = [f"{name} {loss:+.4f}" for name, loss in worth.items() if loss is not None]
+        law = (
+            f" By the baseline's law over sizes, that many parameters alone are worth {', '.join(told)}."
+            if told
+            else ""
+        )
+        parts.append(f"**Parameters differ by more than 1 %**: part of a difference may be due to size.{law}")
     if lines := ladders(card):
         parts += [
             "Effective speedup: the baseline would need m times the tokens to be as good, w = m times the speed. K in "
@@ -194,7 +223,11 @@ def text_of(card):
             markdown(lines),
             f"![Loss of {card['name']} and its baselines over tokens](../img/claim-{card['name']}.png)",
         ]
-    parts += ["Rates:\n\n" + "\n".join(tunings(card))] if tunings(card) else []
+    if lines := tunings(card):
+        picture = (
+            f"![Loss over the learning rate of {card['name']} and its baselines](../img/tuning-{card['name']}.png)"
+        )
+        parts += ["Rates:\n\n" + "\n".join(lines), picture]
     parts += ["Repeated text: " + "; ".join(card["repeated"]) + "."] if card["repeated"] else []
     looked = [f"{d} on {r['date']}, sha256 {r['sha256'][:12]}, {r['looks']} look(s) so far" for d, r in
               card["revealed"].items()]  # fmt: skip
@@ -216,6 +249,8 @@ def write(folder, card):
     card = finite(card)
     if card["ladder"]:
         draw(folder, f"claim-{card['name']}", picture_ladder(card))
+    if tunings(card):
+        draw(folder, f"tuning-{card['name']}", picture_tuning(card))
     replace_file(path.with_suffix(".md"), text_of(card).encode())
     return path.with_suffix(".md")
 
@@ -250,7 +285,7 @@ def picture_ladder(card):
         K = sorted(map(float, ladder["losses"]["baseline"]))
         x = np.geomspace(K[0] / 1.3, K[-1] * 1.3)
         axes.plot(x, E + A * x**-alpha, color="grey", lw=1, label=f"law: {E:.2f} + {A:.3g} K$^{{-{alpha:.2f}}}$")
-        for row, colour in (("baseline", "black"), (card["name"], "tab:orange")):
+        for row, colour in (("baseline", "black"), (card["name"], COLOURS[5])):
             each = {float(k): losses for k, losses in ladder["losses"][row].items()}
             means = [np.mean(each[k]) for k in K]
             halves = [stats.smallest_effect(each[k]) for k in K]
@@ -262,6 +297,69 @@ def picture_ladder(card):
         axes.yaxis.set_minor_formatter("{x:.2f}")
         axes.legend(fontsize=9)
         axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def picture_tuning(card):
+    """Loss with seed 0 over the learning rate, idea and baseline, a ring around the best; a panel per baseline."""
+    tuned = {name: each["tuning"] for name, each in card["baselines"].items() if each["tuning"]}
+    figure, panels = pyplot().subplots(len(tuned), 1, figsize=(6, 3.2 * len(tuned)), squeeze=False, **TIGHT)
+    for axes, (name, rows) in zip(panels[:, 0], tuned.items()):
+        states = []
+        for row, tried in rows.items():
+            found = sorted((float(rate), loss) for rate, loss in tried["losses"].items() if loss is not None)
+            rates, losses = zip(*found)
+            colour = "black" if row == "baseline" else COLOURS[5]
+            label = f"baseline {name}" if row == "baseline" else row
+            axes.plot(rates, losses, "o-", ms=4, color=colour, label=label)
+            best = min(losses)
+            axes.plot(rates[losses.index(best)], best, "o", ms=11, mfc="none", mec=colour)
+            states.append(f"{label} {'bracketed' if tried['is_bracketed'] else 'unbracketed'}")
+        ticks = sorted({float(rate) for row in rows.values() for rate in row["losses"]})
+        axes.set(xscale="log", xlabel="learning rate of the matrices in blocks", ylabel="val loss, nats per token")
+        axes.set_xticks(apart(ticks), [f"{tick:g}" for tick in apart(ticks)])
+        axes.set_xticks([], minor=True)
+        axes.set_title("; ".join(states), fontsize=10)
+        axes.legend(fontsize=9)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def apart(ticks, ratio=1.25):
+    """Those of sorted ticks whose labels have room on a logarithmic axis."""
+    kept = []
+    for tick in ticks:
+        if not kept or tick / kept[-1] >= ratio:
+            kept.append(tick)
+    return kept
+
+
+def picture_time(cards):
+    """Difference to the baseline over the time of a step, on the last baseline of each card; the front is labelled."""
+    points = {"baseline": (1.0, 0.0, 0.0)}
+    for card in cards:
+        each = list(card["baselines"].values())[-1]
+        if each["select"] and each["speed"]:
+            speed = next(iter(each["speed"].values()))["speed"]
+            points[card["name"]] = (1 / speed, each["select"]["difference"], each["select"]["half"])
+    best = front({name: (x, y) for name, (x, y, _) in points.items()}) | {"baseline"}
+    figure, axes = pyplot().subplots(figsize=(6, 4.5), **TIGHT)
+    axes.axhline(0, color="black", lw=1)
+    for name, (x, y, half) in points.items():
+        colour = "black" if name == "baseline" else COLOURS[5] if name in best else "grey"
+        axes.errorbar(x, y, half or None, fmt="o", ms=5, capsize=3, color=colour)
+    low, high = axes.get_ylim()
+    named = sorted(best, key=lambda name: points[name][1])
+    heights = spread_out([points[name][1] for name in named], 0.05 * (high - low))
+    right = max(x for x, *_ in points.values())
+    for name, height in zip(named, heights):
+        x, y, _ = points[name]
+        axes.annotate(name, (x, y), (right * 1.06, height), fontsize=9, va="center",
+                      arrowprops={"arrowstyle": "-", "color": "lightgrey", "lw": 0.8})  # fmt: skip
+    axes.set(xlabel="time of a training step, baseline = 1", ylabel="loss minus the baseline's, nats per token")
+    axes.set_xlim(right=right * 1.35)
+    axes.set_title("Loss against time; named: nothing is both faster and better", fontsize=10)
+    axes.grid(alpha=0.3)
     return figure
 
 
@@ -278,7 +376,9 @@ def picture_speedup(cards):
         K = np.array(sorted(found))
         m, low, high = (np.array([found[k][key] for k in K]) for key in ("m", "low", "high"))
         moved = K * 1.03 ** (number - len(lines) / 2)  # intervals beside each other
-        axes.errorbar(moved, m, [m - low, high - m], fmt="o-", ms=4, capsize=3, label=label, color=f"C{number % 10}")
+        axes.errorbar(
+            moved, m, [m - low, high - m], fmt="o-", ms=4, capsize=3, label=label, color=COLOURS[number % len(COLOURS)]
+        )
     axes.set(xscale="log", yscale="log", xlabel="tokens of the baseline", ylabel="effective speedup in tokens")
     axes.set_title("Effective speedup over size", fontsize=10)
     low, high = axes.get_ylim()
@@ -301,7 +401,7 @@ def picture_survival(cards):
         gaps = {i: each for i, each in gaps.items() if each}
         if not gaps:
             continue
-        x, colour = [i + 0.02 * (number - len(cards) / 2) for i in gaps], f"C{number % 10}"
+        x, colour = [i + 0.02 * (number - len(cards) / 2) for i in gaps], COLOURS[number % len(COLOURS)]
         means, halves = ([each[key] for each in gaps.values()] for key in ("difference", "half"))
         axes.errorbar(x, means, halves, fmt="o-", ms=4, capsize=3, color=colour)
         ends.append((means[-1], card["name"], colour))
@@ -357,6 +457,7 @@ def write_table(readme, folder):
     if text:
         write_between_marks(Path(readme), "claims", text)
         draw(folder, "claims-survival", picture_survival(cards))
+        draw(folder, "claims-time", picture_time(cards))
     if any(card["ladder"] for card in cards):
         draw(folder, "claims-speedup", picture_speedup(cards))
     return bool(text)

@@ -9,8 +9,9 @@ Does an idea help, how much, at what size, at what cost? From a file of flags to
 
 Stages, per baseline: screen (one seed), tune (the same number of rates for idea and baseline, until a worse one lies on
 both sides), select (seeds 0 to 2), confirm (seeds 100 to 104, every text), ladder (larger sizes, at the rates found on
-the smallest). docs/claims/NAME.json and .md say what came out. A killed trial goes on by the same command; baselines
-are shared between ideas, and several processes or machines on one file system can work on one trial.
+the smallest, or with --tune_ladder at their own). docs/claims/NAME.json and .md say what came out. A killed trial goes
+on by the same command; baselines are shared between ideas, and several processes or machines on one file system can
+work on one trial.
 
 Data: python data/drama/prepare.py, python data/code/prepare.py.
 """
@@ -66,6 +67,8 @@ class TrialConfig:
     docs: str = "docs"  # claims/ goes here
     jobs: int = 0  # runs at a time, one thread each; 0 = as many as there are free cores
     reveal: bool = False  # evaluate what is confirmed on the sealed test split too; writes date and hash down
+    tune_decay: bool = False  # after the rate, bracket weight_decay as well, for idea and baseline alike
+    tune_ladder: bool = False  # bracket the rate again at each size, from the one before; else that of the first size
     skills: bool = False  # the card also says what python -m lab.skills --quick finds: minutes beyond the budget
     plan: bool = False  # print the plan and stop
     table: bool = False  # write README's table from all cards and stop
@@ -138,7 +141,8 @@ class Trial:
     jobs: int
     startup: float = 0.0  # seconds until a process of train.py begins
     timings: dict = field(default_factory=dict)  # {place without domain: what `measure_steps` found}
-    rates: dict = field(default_factory=dict)  # {baseline: {row: learning rate}}
+    rates: dict = field(default_factory=dict)  # {(baseline, size): {row: learning rate}}
+    decays: dict = field(default_factory=dict)  # {baseline: {row: weight_decay}}, where --tune_decay chose one
     left_out: list = field(default_factory=list)
 
     @property
@@ -160,11 +164,23 @@ class Trial:
     def words(self, place, row):
         return [*place.recipe, *ablate.words_of(self.rows(place)[row])]
 
+    def rate(self, place, row):
+        """The tuned learning rate of this size, else of the first; None before tuning."""
+        sizes = (place.size, Place("", names(self.cfg.rungs)[0], "").size)
+        return next(filter(None, (self.rates.get((place.baseline, size), {}).get(row) for size in sizes)), None)
+
+    def prepared(self, place, row, rate, seed, decay=None):
+        """A run of lab.ablate; one with a weight decay of its own lies in a folder ROW-wdX."""
+        words = self.rows(place)[row]
+        if decay is not None:
+            words, row = f"{words} --weight_decay={decay:g}", f"{row}-wd{decay:g}"
+        return ablate.prepare(self.ablation(place), words, row, rate, seed)
+
     def runs(self, place, row, seeds):
-        """Runs at the row's own rate: the tuned one, or the recipe's before that."""
-        cfg = self.ablation(place)
-        rate = self.rates.get(place.baseline, {}).get(row) or ablate.learning_rates(cfg, place.recipe)[0]
-        return [ablate.prepare(cfg, self.rows(place)[row], row, rate, seed) for seed in seeds]
+        """Runs at the row's own rate and decay: the tuned ones, or the recipe's before that."""
+        rate = self.rate(place, row) or ablate.learning_rates(self.ablation(place), place.recipe)[0]
+        decay = self.decays.get(place.baseline, {}).get(row)
+        return [self.prepared(place, row, rate, seed, decay) for seed in seeds]
 
     def pairs(self, place, seeds):
         """The runs of both rows, seed by seed, so that what is finished early can be compared."""
@@ -265,9 +281,19 @@ def timing_of(trial, place):
     return trial.timings[place]
 
 
+def base_row(run):
+    """The row of a run, whatever its weight decay."""
+    return re.sub(r"-wd[\d.e-]+$", "", run.row)
+
+
+def runs_at(trial, place):
+    """All runs of the idea and of its baseline at a place, other ideas' left aside."""
+    return [run for run in ablate.find_runs(trial.ablation(place)) if base_row(run) in (BASELINE, trial.name)]
+
+
 def run_seconds(trial, place, row):
     """How long one run takes: what finished ones took, else steps and evaluations as measured."""
-    done = [run for run in ablate.find_runs(trial.ablation(place)) if run.row == row and run.is_done]
+    done = [run for run in runs_at(trial, place) if base_row(run) == row and run.is_done]
     if took := [run.wall_s for run in done if run.wall_s]:
         return statistics.median(took)
     measured = timing_of(trial, place)["rows"][row]
@@ -298,6 +324,7 @@ class Unit:
 
 
 TRIALS = 4  # rates per row that a plan counts with; the bracket may need more
+DECAYS = 3  # the same of weight decays, beside the recipe's own
 
 
 def units_of(cfg):
@@ -324,10 +351,13 @@ def stage_seconds(trial, stage):
     """How long what is not finished of a stage takes, with `jobs` runs at a time."""
     each = {row: run_seconds(trial, stage.place, row) for row in (BASELINE, trial.name)}
     if stage.name == "tune":
-        done = {row: len(tried_rates(trial, stage.place, row)) for row in each}
-        todo = [each[row] for row in each for _ in range(max(1, done[row]), TRIALS)]
+        most = TRIALS + (DECAYS if trial.cfg.tune_decay else 0)
+        done = {row: sum(base_row(run) == row and run.seed == 0 for run in runs_at(trial, stage.place)) for row in each}
+        todo = [each[row] for row in each for _ in range(max(1, done[row]), most)]
     else:
         todo = [each[run.row] for run in trial.pairs(stage.place, stage.seeds) if not run.is_done]
+        if stage.name == "ladder" and trial.cfg.tune_ladder and todo:
+            todo += [each[row] for row in each for _ in range(TRIALS - 1)]
     return max(sum(todo) / trial.jobs, max(todo, default=0.0))
 
 
@@ -439,28 +469,51 @@ def train_pairs(trial, stage):
 def tried_rates(trial, place, row):
     """{rate: loss with seed 0}, inf for what diverged."""
     settings = ablate.resolve(ablate.command(trial.ablation(place), trial.rows(place)[row], 1.0, 0))
-    same = {}
-    for run in ablate.find_runs(trial.ablation(place)):
-        if run.row == row and run.seed == 0 and (run.is_done or run.failed):
-            asked = run.asked["settings"]
-            flag = ablate.rate_flag(trial.words(place, row))
-            if asked and asked | {flag: 1.0} == settings:
-                same[run.lr] = run.loss if run.is_done else math.inf
+    flag, same = ablate.rate_flag(trial.words(place, row)), {}
+    for run in runs_at(trial, place):
+        asked = run.asked["settings"]
+        if (
+            run.row == row
+            and run.seed == 0
+            and (run.is_done or run.failed)
+            and asked
+            and asked | {flag: 1.0} == settings
+        ):
+            same[run.lr] = run.loss if run.is_done else math.inf
     return same
 
 
+def recipes_decay(trial, place, row):
+    settings = ablate.resolve(ablate.command(trial.ablation(place), trial.rows(place)[row], 1.0, 0))
+    return settings.get("weight_decay", TrainConfig.weight_decay)
+
+
+def tried_decays(trial, place, row):
+    """{weight decay: loss with seed 0 at the row's best rate}, the recipe's own among them."""
+    rates = tried_rates(trial, place, row)
+    best = min(rates, key=rates.get)
+    found = {recipes_decay(trial, place, row): rates[best]}
+    for run in runs_at(trial, place):
+        if base_row(run) == row != run.row and run.seed == 0 and run.lr == best and (run.is_done or run.failed):
+            found[float(run.row.rpartition("-wd")[2])] = run.loss if run.is_done else math.inf
+    return found
+
+
 def between(tried):
-    """The rate halfway, in logarithms, between the best one and its neighbour on the wider side."""
+    """The value halfway, in logarithms, between the best one and its neighbour on the wider side."""
     best = min(tried, key=tried.get)
-    lower, higher = [lr for lr in tried if lr < best], [lr for lr in tried if lr > best]
+    lower, higher = [x for x in tried if x < best], [x for x in tried if x > best]
     sides = ([max(lower)] if lower else []) + ([min(higher)] if higher else [])
-    other = max(sides, key=lambda lr: abs(math.log(lr / best)))
+    other = max(sides, key=lambda x: abs(math.log(x / best)))
     return float(f"{math.sqrt(best * other):.2e}")
 
 
-def rates_wanted(tried, start):
-    """{row: rates to try next}: each until it is bracketed, then finer ones for the row that had fewer trials."""
-    wanted = {row: ablate.rates_to_try(each, start) for row, each in tried.items()}
+def values_wanted(tried, start, step=ablate.STEP):
+    """{row: values to try next}: each until it is bracketed, then finer ones for the row that had fewer trials.
+
+    tried: {row: {value: loss}}; start: {row: values to begin with}.
+    """
+    wanted = {row: ablate.rates_to_try(each, start[row], step) for row, each in tried.items()}
     if any(wanted.values()):
         return wanted
     most = max(map(len, tried.values()))
@@ -468,26 +521,47 @@ def rates_wanted(tried, start):
     return {row: [between(tried[row])] for row in fewer}
 
 
+DECAY_STEP = 3.0  # a loss changes little with weight decay: a wider step than of learning rates
+
+
 def tune(trial, stage, deadline):
-    """Train rates until both rows are bracketed by as many trials, or the time is over."""
-    place, cfg = stage.place, trial.ablation(stage.place)
-    start = ablate.learning_rates(cfg, place.recipe)
-    while True:
-        tried = {row: tried_rates(trial, place, row) for row in (BASELINE, trial.name)}
-        wanted = [(row, lr) for row, rates in rates_wanted(tried, start).items() for lr in rates]
-        if not wanted:
-            return
-        cost = sum(run_seconds(trial, place, row) for row, _ in wanted) / trial.jobs
-        if time.monotonic() + cost > deadline:
-            raise OutOfTime(f"{len(wanted)} more rates of tuning on {place.baseline}")
-        finish(cfg, [ablate.prepare(cfg, trial.rows(place)[row], row, lr, 0) for row, lr in wanted])
+    """Train rates, and then decays if asked for, until both rows are bracketed by as many trials, or time is over."""
+    place, rows = stage.place, (BASELINE, trial.name)
+    start = {row: [trial.rate(place, row)] for row in rows} if stage.name == "ladder" else None
+    start = start or dict.fromkeys(rows, ablate.learning_rates(trial.ablation(place), place.recipe))
+
+    def rates():
+        wanted = values_wanted({row: tried_rates(trial, place, row) for row in rows}, start)
+        return [(row, trial.prepared(place, row, lr, 0)) for row, lrs in wanted.items() for lr in lrs]
+
+    def decays():
+        own = {row: [recipes_decay(trial, place, row)] for row in rows}
+        wanted = values_wanted({row: tried_decays(trial, place, row) for row in rows}, own, DECAY_STEP)
+        best = {row: best_of(tried_rates(trial, place, row)) for row in rows}
+        return [(row, trial.prepared(place, row, best[row], 0, x)) for row, xs in wanted.items() for x in xs]
+
+    for next_runs in (rates, decays) if trial.cfg.tune_decay and stage.name == "tune" else (rates,):
+        while wanted := next_runs():
+            cost = sum(run_seconds(trial, place, row) for row, _ in wanted) / trial.jobs
+            if time.monotonic() + cost > deadline:
+                raise OutOfTime(f"{len(wanted)} more runs of tuning on {place}")
+            finish(trial.ablation(place), [run for _, run in wanted])
+
+
+def best_of(tried):
+    """The value with the lowest loss; None where nothing trained."""
+    best = min(tried, key=tried.get, default=None)
+    return best if best is not None and math.isfinite(tried[best]) else None
 
 
 def set_rates(trial, place):
-    """Take each row's best rate from what was tried."""
-    tried = {row: tried_rates(trial, place, row) for row in (BASELINE, trial.name)}
-    best = {row: min(each, key=each.get) for row, each in tried.items() if each and math.isfinite(min(each.values()))}
-    trial.rates[place.baseline] = best
+    """Take each row's best rate, and its best weight decay, from what was tried."""
+    found = {row: best_of(tried_rates(trial, place, row)) for row in (BASELINE, trial.name)}
+    trial.rates[place.baseline, place.size] = found = {row: rate for row, rate in found.items() if rate}
+    if trial.cfg.tune_decay and place.rung == names(trial.cfg.rungs)[0]:
+        decays = {row: best_of(tried_decays(trial, place, row)) for row in found}
+        own = {row: recipes_decay(trial, place, row) for row in found}
+        trial.decays[place.baseline] = {row: x for row, x in decays.items() if x != own[row]}
 
 
 def perform(trial, unit, deadline):
@@ -497,12 +571,13 @@ def perform(trial, unit, deadline):
         if stage.name != "tune" and time.monotonic() + stage_seconds(trial, stage) > deadline:
             raise OutOfTime(f"{stage.name} on {stage.place}, {duration(stage_seconds(trial, stage))}")
         if stage.name == "screen":
-            trial.rates.pop(stage.place.baseline, None)
-        if stage.name == "tune":
+            trial.rates.pop((stage.place.baseline, stage.place.size), None)
+        if stage.name == "tune" or stage.name == "ladder" and trial.cfg.tune_ladder:
             tune(trial, stage, deadline)
-        else:
+            set_rates(trial, stage.place)
+        if stage.name != "tune":
             train_pairs(trial, stage)
-        if stage.name in ("screen", "tune"):
+        if stage.name == "screen":
             set_rates(trial, stage.place)
 
 
@@ -568,19 +643,25 @@ def gap_at(trial, losses):
 
 
 def tuning_of(trial, place):
-    """{row: what was tried}, None before any tuning."""
+    """{row: what was tried}, None before any tuning; "weight_decay" in it, where that was tuned."""
     tried = {row: tried_rates(trial, place, row) for row in (BASELINE, trial.name)}
     if max(map(len, tried.values())) < 2:
         return None
-    found = {}
-    for row, each in tried.items():
-        best = min(each, key=each.get)
-        worse = {lr < best for lr in each if each[lr] > each[best]}
-        found[row] = {
-            "losses": {f"{lr:g}": loss for lr, loss in sorted(each.items())}, "best": best,
-            "is_bracketed": worse == {True, False}, "expected_best": claims.expected_best(each.values()),
-        }  # fmt: skip
+    found = {row: summary(each) for row, each in tried.items()}
+    for row, each in found.items():
+        if len(decays := tried_decays(trial, place, row)) > 1:
+            each["weight_decay"] = summary(decays)
     return found
+
+
+def summary(tried):
+    """What a card says of {value: loss}: all, the best, whether it is bracketed, the expected best of n trials."""
+    best = min(tried, key=tried.get)
+    worse = {value < best for value in tried if tried[value] > tried[best]}
+    return {
+        "losses": {f"{value:g}": loss for value, loss in sorted(tried.items())}, "best": best,
+        "is_bracketed": worse == {True, False}, "expected_best": claims.expected_best(tried.values()),
+    }  # fmt: skip
 
 
 def facts_at(trial, baseline):
@@ -593,7 +674,7 @@ def facts_at(trial, baseline):
     ours, base = measured[trial.name], measured[BASELINE]
     memory = {key: peak(trial, home, row) for key, row in (("idea", trial.name), ("baseline", BASELINE))}
     places = {domain: replace(home, domain=domain) for domain in names(cfg.domains)}
-    found = {}
+    larger, found = {(baseline, Place("", rung, "").size) for rung in names(cfg.rungs)[1:]}, {}
     for domain, place in places.items():
         val, test = gap_at(trial, trial.losses(place, confirm)), gap_at(trial, test_losses(trial, place, confirm))
         if val:
@@ -605,13 +686,14 @@ def facts_at(trial, baseline):
         "speed": {place.size: each["speed"] for place, each in trial.timings.items()
                   if place.baseline == baseline and place.domain == home.domain},
         "screen": gap_of_one(trial, home), "tuning": tuning_of(trial, home),
+        "ladder_rates": {size: each for (on, size), each in trial.rates.items() if (on, size) in larger},
         "select": gap_at(trial, trial.losses(home, select)), "confirm": found,
     }  # fmt: skip
 
 
 def peak(trial, place, row):
     """Peak memory in MB over the runs of a row; None where none recorded it."""
-    runs = [run for run in ablate.find_runs(trial.ablation(place)) if run.row == row and run.is_done]
+    runs = [run for run in runs_at(trial, place) if base_row(run) == row and run.is_done]
     return max((run.memory_mb for run in runs if run.memory_mb), default=None)
 
 
@@ -693,7 +775,7 @@ def make_card(trial, performed):
     places = places or [Place(names(cfg.baselines)[0], names(cfg.rungs)[0], names(cfg.domains)[0])]  # costs alone
     done = list(dict.fromkeys(place.baseline for place in places))
     for place in places:
-        runs = [run for run in ablate.find_runs(trial.ablation(place)) if run.row in (BASELINE, trial.name)]
+        runs = runs_at(trial, place)
         identity.check_same(runs, False, str(trial.ablation(place).out_dir))
     config, optimizer = model_of(trial, places[0], trial.name)
     facts = {baseline: facts_at(trial, baseline) for baseline in done}
@@ -724,9 +806,8 @@ def model_of(trial, place, row):
 def check_sources(trial, places):
     """ConfigError, before any work, if runs there were made by other code than this: they could not be compared."""
     for place in places:
-        runs = [run for run in ablate.find_runs(trial.ablation(place)) if run.row in (BASELINE, trial.name)]
-        for run in (run for run in runs if run.is_done):
-            if run.asked["source"] != identity.source(*model_of(trial, place, run.row)):
+        for run in (run for run in runs_at(trial, place) if run.is_done):
+            if run.asked["source"] != identity.source(*model_of(trial, place, base_row(run))):
                 raise ConfigError(f"{run.folder} was trained by other code than this: give another --out_dir")
 
 

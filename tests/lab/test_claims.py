@@ -203,3 +203,32 @@ def test_ladder_and_speedup_show_their_baseline_and_units():
     shown = figure.axes[0].containers[0].lines[0].get_ydata()
     assert list(shown) == pytest.approx([each["m"] for each in made["ladder"]["M2"]["speedup"].values()])
     assert claims.png(figure)[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow  # matplotlib
+def test_tuning_and_time_show_their_baseline_and_the_best():
+    made = with_ladder("idea", -0.02, lambda k: 1.5)
+    tried = {"losses": {"0.001": 2.1, "0.0015": 2.0, "0.0016": 2.3, "0.1": None}, "best": 0.0015, "is_bracketed": True,
+             "expected_best": [2.1]}  # fmt: skip
+    made["baselines"]["M2"] |= {"tuning": {"baseline": tried, "idea": tried | {"is_bracketed": False}}}
+    axes = claims.picture_tuning(made).axes[-1]
+    assert axes.get_legend_handles_labels()[1] == ["baseline M2", "idea"]
+    assert axes.get_title() == "baseline M2 bracketed; idea unbracketed" and "nats" in axes.get_ylabel()
+    rings = [line for line in axes.lines if line.get_markersize() == 11]
+    assert [list(ring.get_xdata()) for ring in rings] == [[0.0015], [0.0015]]
+    assert claims.apart([0.001, 0.0015, 0.0016, 0.1]) == [0.001, 0.0015, 0.1]  # 0.0016 would be written over 0.0015
+    slow = with_ladder("slow", 0.02, lambda k: 0.5)  # slower and worse: not named
+    figure = claims.picture_time([made, slow])
+    named = [text.get_text() for text in figure.axes[0].texts]
+    assert sorted(named) == ["baseline", "idea"]
+    a, b = boxes_of(figure)
+    assert not a.overlaps(b)
+
+
+def test_what_parameters_alone_are_worth_is_read_off_the_law():
+    """1.02 times the parameters at L = E + A K^-alpha: the loss at 1.02 times the tokens, less that at K."""
+    made = with_ladder("idea", -0.02, lambda k: 1.2)
+    E, A, alpha = (made["ladder"]["M2"]["law"][key] for key in ("E", "A", "alpha"))
+    wanted = (E + A * (1.02 * 1e6) ** -alpha) - (E + A * 1e6**-alpha)
+    assert claims.size_alone(made, "M2") == pytest.approx(wanted) and wanted < 0
+    assert claims.size_alone(made, "M0") is None and f"M2 {wanted:+.4f}" in claims.text_of(made)

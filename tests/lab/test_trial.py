@@ -19,7 +19,7 @@ import pytest
 from data import domains
 from helpers import LINES, PATIENCE, ROOT, TrainHere, command_here
 from lab import ablate, claims, trial
-from lab.trial import Place, Stage, TrialConfig, Unit, first_stages, make_plan, rates_wanted, seconds_of, units_of
+from lab.trial import Place, Stage, TrialConfig, Unit, first_stages, make_plan, seconds_of, units_of, values_wanted
 
 RUNG = """
 n_layer, n_head, n_embd, block_size, bias, dropout = 1, 2, 16, 16, False, 0.0
@@ -97,7 +97,7 @@ def test_skills_are_run_where_they_are_asked_for(tmp_path, monkeypatch):
 def test_both_rows_are_bracketed_by_as_many_trials(optima):
     tried = {"baseline": {}, "idea": {}}
     best = dict(zip(tried, optima))
-    while wanted := {row: rates for row, rates in rates_wanted(tried, [2e-3]).items() if rates}:
+    while wanted := {row: rates for row, rates in values_wanted(tried, dict.fromkeys(tried, [2e-3])).items() if rates}:
         for row, rates in wanted.items():
             tried[row] |= {lr: math.log(lr / best[row]) ** 2 for lr in rates}
     assert len(tried["baseline"]) == len(tried["idea"]) <= ablate.MOST_RATES
@@ -260,3 +260,29 @@ def test_a_killed_trial_loses_one_run(command, tmp_path):
         assert run_here(*command(tmp_path)) == 0
     assert kept == {path: os.stat(path).st_mtime_ns for path in done}
     assert card_in(tmp_path)["baselines"]["M0"]["confirm"]
+
+
+@pytest.mark.slow
+def test_weight_decay_and_the_ladders_rates_are_tuned(command, copied, in_process, tmp_path_factory):
+    """Both rows by as many trials; what was trained before is used, and the confirmed runs have the chosen values."""
+    larger = tmp_path_factory.mktemp("files") / "larger.py"
+    larger.write_text(RUNG.replace("= 1, 2, 16, 16", "= 1, 2, 32, 16"))
+    words = [w if not str(w).startswith("--rungs") else f"{w},{larger}" for w in command(copied)]
+    before = stamps(copied / "out")
+    assert run_here(*words, "--tune_decay", "--tune_ladder") == 0
+    assert before.items() <= stamps(copied / "out").items()
+    each = card_in(copied)["baselines"]["M0"]
+    decays = {row: tried["weight_decay"] for row, tried in each["tuning"].items()}
+    assert len(decays["baseline"]["losses"]) == len(decays["idea"]["losses"]) >= 3
+    for row, tried in decays.items():
+        assert "0.1" in tried["losses"] and tried["best"] == float(min(tried["losses"], key=tried["losses"].get))
+        home = copied / "out/M0-tiny-lines"
+        name = row if tried["best"] == 0.1 else f"{row}-wd{tried['best']:g}"
+        (run,) = (home / name).glob("*-seed102")
+        assert ablate.Run(run).asked["settings"].get("weight_decay", 0.1) == pytest.approx(tried["best"])
+        tuned = {ablate.Run(path).lr for path in (copied / "out/M0-larger-lines").glob(f"{row}*/*-seed0")}
+        assert len(tuned) >= 3 and each["ladder_rates"]["larger"][row] in tuned
+        ladder = (copied / "out/M0-larger-lines" / name).glob(f"lr{each['ladder_rates']['larger'][row]:g}-seed1")
+        assert len(list(ladder)) == 1
+    text = (copied / "docs/claims/idea.md").read_text()
+    assert "weight decay: " in text and "at larger: " in text
