@@ -5,7 +5,7 @@ Which ideas help? Trains configs with several seeds and learning rates through t
     python -m lab.ablate "no_rope: --pos_embedding=learned" config/ablation/baseline.py  # a row by its flags alone
     python -m lab.ablate config/ablation/bio_events.py "--grid=bio_threshold:0.1,0.25,0.4"  # a sweep: a row per value
     python -m lab.ablate --time      # each row's training step beside the baseline's, taking turns; trains nothing
-    python -m lab.ablate --report    # tables in docs/results.md, plots, a page that opens offline; trains nothing
+    python -m lab.ablate --report    # tables in docs/results/, plots, a page that opens offline; trains nothing
     python -m lab.ablate --pictures  # what the ideas look like inside trained models; trains nothing
 
 A run is OUT_DIR/ROW/lrX-seedY, ROW the config's name and X the learning rate (muon_lr under Muon); the next call
@@ -849,7 +849,7 @@ def sections(cfg, runs):
 
 
 def report(cfg, runs):
-    """Write docs/results.md between its marks, the plots and the page."""
+    """Write docs/results/NAME.md, its best rows into docs/results.md between marks, the plots and the page."""
     parts, intro, docs = sections(cfg, runs), describe(cfg, runs), Path(cfg.docs)
     failed = [f"{run}: {run.failed['error']}" for run in runs if run.failed]
     rows = list(columns_of(cfg, runs).items())[-1]
@@ -872,18 +872,42 @@ def report(cfg, runs):
     text = page(cfg.name, intro, parts, plots, finished, failed, f"results/{cfg.name}.jsonl")
     replace_file(docs / f"{cfg.name}.html", text.encode())
     link = f"The same, sortable and with every config: docs/{cfg.name}.html, which `make report` builds."
-    text = [f"## Comparison: {cfg.name}", intro, link]
+    text = [f"# Comparison: {cfg.name}", intro, link]
     for title, remark, table in parts:
         if title.startswith("Matched parameters"):  # nearly the table before it: the page has it
             others = [row for row in rows[1] if row not in {cells["row"][0] for cells in table}]
             table = None
             but = f" but {', '.join(others)}" if others else ""
             remark = f"Within 5 % of the baseline's parameters: all rows{but}."
-        text += [f"### {title}", *([remark] if remark else []), *([markdown(table)] if table else [])]
-    text += [f"![{name}](img/{name}.png)" for name in plots]
+        text += [f"## {title}", *([remark] if remark else []), *([markdown(table)] if table else [])]
+    text += [f"![{name}](../img/{name}.png)" for name in plots]
     text += ["Failed, and in no table: " + "; ".join(failed) + "."] if failed else []
-    write_between_marks(docs / "results.md", cfg.name, "\n\n".join(text))
-    print(f"wrote {docs / 'results.md'}, {docs / cfg.name}.html and {', '.join(plots)}.png in {docs / 'img'}")
+    tables = docs / "results" / f"{cfg.name}.md"
+    replace_file(tables, ("\n\n".join(text) + "\n").encode())
+    write_between_marks(docs / "results.md", cfg.name, short(cfg, runs, parts, rows[0]))
+    print(f"wrote {tables}, {docs / 'results.md'}, {docs / cfg.name}.html and {', '.join(plots)}.png in {docs / 'img'}")
+
+
+SHOWN = 12  # rows of a comparison in results.md
+
+
+def short(cfg, runs, parts, column):
+    """What docs/results.md says of a comparison: its best rows of three seeds, else of any, and where all are."""
+    table = next(table for title, _, table in parts if title == f"Loss, {column}")
+    confirmed = [cells for cells in table if cells["seeds"][1] >= LEAST_SEEDS]
+    best, of = (
+        (confirmed, f"of {LEAST_SEEDS} seeds or more") if len(confirmed) > 1 else (table, "of any number of seeds")
+    )
+    kept = [cells for i, cells in enumerate(best) if i < SHOWN or cells["row"][0] == BASELINE]
+    dropped = {"bits per byte", *CORRECTIONS.values()}
+    kept = [{name: cell for name, cell in cells.items() if name not in dropped} for cells in kept]
+    recipe = " ".join(next(run for run in runs if run.is_done).asked["recipe"])
+    count = sum(run.is_done for run in runs)
+    return (
+        f"## Comparison: {cfg.name}\n\nRecipe `{recipe}`; {count} runs. Rows {of}, {column}, best first: {len(kept)} "
+        f"of {len(table)}. All rows, costs, how it was run and the plots: "
+        f"[results/{cfg.name}.md](results/{cfg.name}.md).\n\n{markdown(kept)}"
+    )
 
 
 def write_between_marks(path, name, text):

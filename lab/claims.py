@@ -354,7 +354,8 @@ def picture_time(cards):
     right = max(x for x, *_ in points.values())
     for name, height in zip(named, heights):
         x, y, _ = points[name]
-        axes.annotate(name, (x, y), (right * 1.06, height), fontsize=9, va="center",
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.annotate(name, (x, y), (right * 1.06, height), fontsize=9, va="center", bbox=box,
                       arrowprops={"arrowstyle": "-", "color": "lightgrey", "lw": 0.8})  # fmt: skip
     axes.set(xlabel="time of a training step, baseline = 1", ylabel="loss minus the baseline's, nats per token")
     axes.set_xlim(right=right * 1.35)

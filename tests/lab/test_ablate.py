@@ -67,32 +67,32 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tables, self.fetched, self.open, self.inside = [], [], [], False
+        self.tables, self.fetched, self.open = [], [], []
         self.feed(text)
         assert not self.open, f"not closed: {self.open}"
 
     def handle_starttag(self, tag, attrs):
-        self.fetched += [v for k, v in attrs if k in ("src", "href")]
-        if tag not in ("meta", "img"):
+        self.fetched += [v for k, v in attrs if k == "src" or (k == "href" and tag != "a")]
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
         if tag == "table":
             self.tables.append([])
         elif tag == "tr":
             self.tables[-1].append([])
-        self.inside = tag in ("td", "th")
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
-        self.inside = False
 
     def handle_data(self, text):
-        if self.inside:
-            self.tables[-1][-1].append(text)
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += text
 
 
 def table_under(text, title):
     """{row: {header: cell}} of the Markdown table under a heading."""
-    lines = text.split(f"### {title}\n\n")[1].split("\n\n")
+    lines = text.split(f"## {title}\n\n")[1].split("\n\n")
     lines = next(part for part in lines if part.startswith("|")).splitlines()
     head, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {cells[0]: dict(zip(head, cells)) for cells in body}
@@ -132,6 +132,11 @@ def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process, monkeypatch
         assert run_here("--report", f"--out_dir={out}", f"--docs={docs}") == 0
     text = (docs / "results.md").read_text()
     assert text.startswith("# By hand\n\n<!-- tiny:start -->") and text.count("<!-- tiny:") == 2
+    assert list(table_under(text, "Comparison: tiny")) == list(
+        table_under((docs / "results/tiny.md").read_text(), "Loss, lr 0.001")
+    )
+    assert "(results/tiny.md)" in text
+    text = (docs / "results/tiny.md").read_text()
     loss = {row: [run.loss for run in runs if run.row == row] for row in ("baseline", "relu2")}
     table = table_under(text, "Loss, lr 0.001")
     for row, values in loss.items():
@@ -158,7 +163,7 @@ def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process, monkeypatch
     assert page.tables[0][0] == list(table["relu2"])
     assert {row[0]: row[1] for row in page.tables[0][1:]} == {row: table[row]["val loss"] for row in table}
     for name in re.findall(r"\]\(([^)]+)\)", text):
-        assert (docs / name).stat().st_size > 1000
+        assert (docs / "results" / name).stat().st_size > 1000
 
     monkeypatch.setattr(ablate.measure, "speeds", lambda seconds: [{}, {"speed": 0.5, "low": 0.4, "high": 0.6}])
     monkeypatch.setattr(ablate.measure, "in_fresh_process", lambda *args: 7.0)
@@ -168,7 +173,7 @@ def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process, monkeypatch
         assert run_here("--report", f"--out_dir={out}", f"--docs={docs}") == 0
     said = capsys.readouterr().out
     assert said.count("relu2: 0.50x, 7.0 MB") == 1 == said.count("baseline: 0.50x")  # what was measured stays
-    text = (docs / "results.md").read_text()
+    text = (docs / "results/tiny.md").read_text()
     cost = table_under(text, "Cost")["relu2"]
     assert (cost["speed"], cost["peak MB"]) == ("0.50x (0.40 to 0.60)", "7")
     assert "relu2" not in table_under(text, "Matched time, lr 0.001")  # at half speed, three evaluations are too few
@@ -190,8 +195,8 @@ def test_tuned_column(recipe, tmp_path, in_process):
         assert min(losses) < best < max(losses)  # worse on both sides
         assert [run.lr for run in runs if run.row == row and run.seed == 1] == [best]  # other seeds only there
     assert run_here("--report", "--learning_rates=0.1", f"--out_dir={out}", f"--docs={docs}") == 0
-    text = (docs / "results.md").read_text()
-    assert re.findall(r"^### Loss, (.*)$", text, re.MULTILINE) == ["lr 0.1", "tuned"]
+    text = (docs / "results/tuned.md").read_text()
+    assert re.findall(r"^## Loss, (.*)$", text, re.MULTILINE) == ["lr 0.1", "tuned"]
     tuned = table_under(text, "Loss, tuned")["bias"]
     assert (tuned["lr"], tuned["rate"], tuned["verdict"]) == (f"{best:g}", "tuned", "2 seeds")
     losses = [Run(out / "bias" / f"lr{best:g}-seed{seed}").loss for seed in (0, 1)]
@@ -259,7 +264,7 @@ def test_reports_name_the_device(recipe, tmp_path, in_process):
     facts = out / "baseline" / "lr0.001-seed0" / "run.json"
     facts.write_text(facts.read_text().replace('"device": "cpu"', '"device": "cuda"'))
     assert run_here("--report", *words) == 0
-    assert re.search(r"machine [^;]*, cuda, ", (docs / "results.md").read_text())
+    assert re.search(r"machine [^;]*, cuda, ", (docs / "results/there.md").read_text())
     assert json.loads((docs / "results" / "there.jsonl").read_text())["facts"]["device"] == "cuda"
 
 
@@ -360,7 +365,7 @@ def test_a_failed_run_is_marked_and_tried_again(recipe, tmp_path, capsys):
     assert not broken.is_done and Run(out / "baseline/lr0.001-seed0").is_done
     assert "1 of 2 runs finished, 1 failed" in capsys.readouterr().out
     assert run_here("--report", f"--out_dir={out}", f"--docs={tmp_path}") == 0
-    text = (tmp_path / "results.md").read_text()
+    text = (tmp_path / "results/failed.md").read_text()
     assert list(table_under(text, "Loss, lr 0.001")) == ["baseline"] and "Failed, and in no table: broken" in text
     config(tmp_path, "broken", 'mlp_act = "relu2"\n')
     assert run_here(*words) == 0
