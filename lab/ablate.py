@@ -47,7 +47,7 @@ from data.files import fcntl, replace_file
 from data.progress import tqdm
 from data.runs import STABLE
 from lab import bench, identity, measure, pictures, stats
-from lab.page import page
+from lab.page import page, write_between_marks
 from lab.pictures import COLOURS, LINES, TIGHT, png, pyplot
 from model import GPT, GPTConfig
 from train import TrainConfig
@@ -908,18 +908,6 @@ def short(cfg, runs, parts, column):
         f"of {len(table)}. All rows, costs, how it was run and the plots: "
         f"[results/{cfg.name}.md](results/{cfg.name}.md).\n\n{markdown(kept)}"
     )
-
-
-def write_between_marks(path, name, text):
-    """Replace what is between <!-- NAME:start --> and <!-- NAME:end -->, or add both at the end."""
-    first, last = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    if (first in old) != (last in old):
-        raise ConfigError(f"{path}: has only one of the marks {first} and {last}: mend it by hand")
-    if first not in old:
-        old = f"{old.rstrip()}\n\n{first}\n{last}\n".lstrip()
-    before, after = old.split(first)[0], old.split(last)[1]
-    replace_file(path, f"{before}{first}\n\n{text}\n\n{last}{after}".encode())
 
 
 # Plots: PNG bytes.

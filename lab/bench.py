@@ -66,6 +66,7 @@ from lab.measure import (
     with_gradients,
     without_grad,
 )
+from lab.page import write_between_marks
 from lab.reference import PlainGPT, plain_step, plain_val_loss
 from model import FHN, GPT, DecodingState, GPTConfig, SparseEventLayer, load_checkpoint, save_checkpoint
 from train import TrainConfig, Trainer, World, dtype_name, git_commit, machine, pick_device, pick_dtype
@@ -542,6 +543,7 @@ def bench_loading(rows, cfg, device):
 # The history: a line per benchmark and day, so that what became slower shows.
 
 HISTORY = ROOT / "docs" / "results" / "bench.jsonl"
+RESULTS = ROOT / "docs" / "results.md"
 
 
 def speeds_of(results, name=""):
@@ -570,8 +572,27 @@ def record(what, dtype, results, machine):
             print(f"{change}: {name}: {speed:.2f}x, {was[0]:.2f}x on {before[-1]['date']} ({before[-1]['commit'][:7]})")
     line = {"date": time.strftime("%Y-%m-%d"), "commit": git_commit() or "none", **like, "speeds": now}
     HISTORY.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(HISTORY, "".join(f"{line}\n" for line in [*lines, json.dumps(line)]).encode())
-    print(f"recorded in {HISTORY}")
+    lines.append(json.dumps(line))
+    replace_file(HISTORY, "".join(f"{line}\n" for line in lines).encode())
+    write_between_marks(RESULTS, "speeds", latest(map(json.loads, lines)))
+    print(f"recorded in {HISTORY} and {RESULTS}")
+
+
+def latest(records):
+    """docs/results.md on speed: of each benchmark its last record, a line per part with the speeds of its rows."""
+    last, text = {}, []
+    for found in records:
+        last[found["bench"]] = found
+    for what, found in sorted(last.items()):
+        machine, parts = found["machine"], {}
+        for name, (speed, low, high) in found["speeds"].items():
+            part, row = name.split(" / ", 1)
+            told = f"{row} {speed:.2f}" + f" ({low:.2f} to {high:.2f})" * (low < high)
+            parts.setdefault(part, []).append(told)
+        where = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} thread(s), torch {found['torch']}"
+        text.append(f"**`python -m lab.bench {what}`**, {found['date']}, commit {found['commit'][:7]}, {where}")
+        text.append("\n".join(f"- {part}: {'; '.join(rows)}" for part, rows in parts.items()))
+    return "\n\n".join(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import numpy as np
 from data.domains import SHUFFLED
 from data.files import replace_file
 from lab import stats
-from lab.ablate import LEAST_SEEDS, difference, front, markdown, write_between_marks
+from lab.ablate import LEAST_SEEDS, difference, front, markdown
+from lab.page import write_between_marks
 from lab.pictures import COLOURS, TIGHT, png, pyplot, spread_out
 
 SIGNIFICANT = 0.05

@@ -9,6 +9,9 @@ import base64
 import html
 import re
 
+from configurator import ConfigError
+from data.files import replace_file
+
 INTERVAL = re.compile(r"([+-]\d+\.\d+)(?: ± (\d+\.\d+))?")  # a difference to the baseline
 HALF = 50  # of an interval's drawing: pixels from zero to an end
 
@@ -155,3 +158,15 @@ def page(name, intro, parts, plots, rows, failed, records):
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{say(name)}</title>'
     )
     return f"{head}<style>{STYLE}</style></head>\n<body>{chr(10).join(body)}<script>{SCRIPT}</script></body></html>\n"
+
+
+def write_between_marks(path, name, text):
+    """Replace what is between <!-- NAME:start --> and <!-- NAME:end -->, or add both at the end."""
+    first, last = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if (first in old) != (last in old):
+        raise ConfigError(f"{path}: has only one of the marks {first} and {last}: mend it by hand")
+    if first not in old:
+        old = f"{old.rstrip()}\n\n{first}\n{last}\n".lstrip()
+    before, after = old.split(first)[0], old.split(last)[1]
+    replace_file(path, f"{before}{first}\n\n{text}\n\n{last}{after}".encode())

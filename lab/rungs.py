@@ -25,8 +25,8 @@ from lab.ablate import (
     family,
     find_runs,
     markdown,
-    write_between_marks,
 )
+from lab.page import write_between_marks
 
 RUNGS = {"M0": "out-ablation", "M1": "out-modern", "M2": "out-modern-muon"}
 PARTS = {  # each part of the modern block: (the row that adds it to M0, the row that removes it from M1)

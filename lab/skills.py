@@ -36,8 +36,9 @@ from data.runs import find_checkpoint
 from data.skills import tasks
 from data.skills.prepare import prepare as prepare_rows
 from lab import ablate
-from lab.ablate import AblateConfig, find_rows, find_runs, front, markdown, read_json, words_of, write_between_marks
+from lab.ablate import AblateConfig, find_rows, find_runs, front, markdown, read_json, words_of
 from lab.cost import decoding_bytes
+from lab.page import write_between_marks
 from lab.pictures import TIGHT, png, pyplot, spread_out
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint
 from train import TrainConfig

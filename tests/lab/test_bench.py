@@ -245,6 +245,7 @@ def test_refuses_in_one_line_what_it_does_not_know(words, capsys):
 
 def test_the_history_says_what_became_slower(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "HISTORY", tmp_path / "results" / "bench.jsonl")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results.md")
     here = {"cpu": "a CPU", "cores": 2, "threads": 1, "gpu": None}
 
     waves = {"waves": {"1024": {"speed": 2.0, "low": 1.9, "high": 2.1}}}
@@ -266,3 +267,8 @@ def test_the_history_says_what_became_slower(tmp_path, monkeypatch, capsys):
     }  # fmt: skip
     bench.record("step", "auto", rows(3.0), here)
     assert "faster: cpu / ours: 3.00x, 1.00x" in capsys.readouterr().out
+    text = bench.RESULTS.read_text()
+    assert text.startswith("<!-- speeds:start -->") and "a CPU, 1 thread(s)" in text
+    assert (
+        "- cpu: ours 3.00 (2.90 to 3.10)\n- faster: waves / 1024 2.00 (1.90 to 2.10)" in text
+    )  # the last record alone
