@@ -727,9 +727,7 @@ class Trainer:
             self.check_state(saved, checkpoint["iter_num"])
             state = saved["state"]
             if self.sharding:
-                state = self.sharding.shares_of(
-                    state, [p for group in self.optimizer.param_groups for p in group["params"]]
-                )
+                state = self.sharding.shares_of(state, self.optimizer)
             self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
             if checkpoint.get("scaler") and self.scaler.is_enabled():
                 self.scaler.load_state_dict(checkpoint["scaler"])
