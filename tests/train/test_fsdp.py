@@ -1,9 +1,11 @@
 """--parallel=fsdp with two gloo processes: the numbers of one process, and checkpoints that either goes on from."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ import sample
 from configurator import ConfigError
 from helpers import ROOT, flags, losses, run_here, same
 from kernels import sharding
+from lab.cost import size_of
 from model import GPT, GPTConfig, load_checkpoint
 from smoke_test import VARIANTS
 from train import TrainConfig, check_memory_savers
@@ -66,7 +69,9 @@ def test_two_processes_equal_one_under_muon_in_several_rows():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [{}, {"optimizer": "muon", "bias": False}, {"token_shift": True, "use_mhc": True}])
+@pytest.mark.parametrize(
+    "given", [{}, {"optimizer": "muon", "bias": False}, {"token_shift": True, "tie_weights": False}]
+)
 def test_a_run_of_two_processes_equals_one(given, together, shakespeare, tmp_path):  # noqa: F811
     """Training, clipping, evaluation, best and last checkpoint: all of train.py."""
     given = SHARED | {"grad_clip": 0.2} | given
@@ -139,8 +144,6 @@ def test_a_signal_saves_and_ends(start, shakespeare, tmp_path):  # noqa: F811
 
 
 def wait_for_ranks(process, out):
-    from helpers import wait_for
-
     metrics = out / "metrics.jsonl"
     wait_for(lambda: process.poll() is not None or (metrics.exists() and '"iter": 7,' in metrics.read_text()))
     assert process.poll() is None
@@ -165,8 +168,6 @@ def test_a_process_that_is_killed_is_started_again(shakespeare, tmp_path):
 
 
 def wait_for_checkpoint(process, out):
-    from helpers import wait_for
-
     wait_for(lambda: process.poll() is not None or (out / "ckpt_last.pt").exists())
     assert process.poll() is None
     return {rank: pid for pid, rank in workers(process).items()}
@@ -228,3 +229,99 @@ def test_weightless_models_hold_buffers_alone():
     full = GPT(GPTConfig(**sizes))
     assert not any(p.is_meta for p in full.parameters())  # the hook is gone
     assert empty.num_params() == GPT(empty.config).num_params()
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8").split("## On a GPU, on many")[1].split("\n## ")[0]
+
+
+def test_the_readmes_bytes_per_parameter(tmp_path):
+    """As lab/cost measures them, and DDP's own record of its buckets; a step count of 4 bytes per tensor is left out."""
+    table = [re.split(r"\s*\|\s*", line)[1:-1] for line in README.splitlines() if line.startswith("| DDP,")]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        found = [bytes_per_parameter(muon) for muon in (None, {"matrices": 1, "embedding": 1, "head": 1, "vectors": 1})]
+    finally:
+        torch.distributed.destroy_process_group()
+    for (_, *row), sizes in zip(table, found, strict=True):
+        assert [int(n) for n in row[:5]] == [*sizes, sum(sizes)]
+        assert row[5:] == [f"{gigabytes / sum(sizes):.1f}B" for gigabytes in (24, 80)]
+
+
+def bytes_per_parameter(muon):
+    """Weights, gradients, DDP's buckets and optimiser state of the matrices in blocks, per number."""
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=65))
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", muon)
+    for _ in range(2):  # buckets are laid out anew after the first
+        ddp(torch.zeros(1, 16, dtype=torch.int64), torch.zeros(1, 16, dtype=torch.int64))[1].backward()
+        optimizer.step()
+    buckets = sum(map(int, ddp._get_ddp_logging_data()["bucket_sizes"].split(",")))
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    count = sum(p.numel() for p in matrices)
+    state = size_of(t for p in matrices for k, t in optimizer.state[p].items() if k != "step")
+    sizes = size_of(matrices), size_of(p.grad for p in matrices), state
+    weights_, grads, state = (size / count for size in sizes)
+    return [weights_, grads, buckets / sum(p.numel() for p in model.parameters()), state]
+
+
+def readme_commands(start_):
+    """Indented commands of the README's section that begin so, with lines that go on joined."""
+    text = README.replace("\\\n        ", "")
+    return [line.strip() for line in text.splitlines() if line.startswith(f"    {start_}")]
+
+
+def on_this_machine(command, data, out):
+    """A command of the README for one process per machine, with sizes for a test."""
+    small = " ".join(map(str, flags(data, out, **FOUR | {"max_iters": 2, "eval_interval": 2})))
+    command = command.replace("--nproc_per_node=8", "--nproc_per_node=1").replace("10.0.0.1", "127.0.0.1")
+    return (
+        command.replace("1234", PORT).replace("29500", PORT).replace("train.py", str(ROOT / "train.py")) + f" {small}"
+    )
+
+
+PORT = str(20_000 + os.getpid() % 10_000)
+
+
+def run_shell(commands, env=None):
+    """Run commands of bash side by side; all must end well."""
+    env = (
+        os.environ
+        | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        | (env or {})
+    )
+    jobs = [
+        subprocess.Popen(
+            ["bash", "-c", c], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for c in commands
+    ]
+    for job in jobs:
+        stdout, _ = job.communicate(timeout=PATIENCE)
+        assert job.returncode == 0, stdout
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_for_several_machines(shakespeare, tmp_path):
+    """On one machine, which plays all of them; NCCL and CUDA are left out, for want of GPUs."""
+    two = [c for c in readme_commands("torchrun") if "--nnodes=2" in c]
+    assert len(two) == 2
+    run_shell([on_this_machine(c, shakespeare, tmp_path / "two") for c in two])
+    assert len(losses(tmp_path / "two")) == 2
+    (shared,) = [c for c in readme_commands("torchrun") if "--parallel=fsdp" in c]
+    run_shell([on_this_machine(shared, shakespeare, tmp_path / "shared").replace("node=1", "node=2")])
+    assert len(losses(tmp_path / "shared")) == 2
+
+
+@pytest.mark.slow
+def test_the_readmes_slurm_script(shakespeare, tmp_path):
+    """With an srun that starts the command twice, as on two nodes, and an scontrol that knows this host alone."""
+    script = README.split("    #!/bin/bash\n")[1].split("\n\n")[0].replace("\\\n", "")
+    lines = [line.strip() for line in script.splitlines()]
+    lines[-1] = on_this_machine(re.sub(r"\s+", " ", lines[-1]), shakespeare, tmp_path / "out")
+    for name, text in {"srun": '"$@" & "$@" & wait -n && wait -n', "scontrol": "echo 127.0.0.1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run_shell(["\n".join(lines)], slurm | {"PATH": path})
+    assert len(losses(tmp_path / "out")) == 2
