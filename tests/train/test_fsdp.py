@@ -9,24 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ddp import (  # noqa: F401  fixtures among them
-    ENDLESS,
-    FOUR,
-    TORCHRUN,
-    alone,
-    assert_close,
-    endless,
-    finish,
-    run_alone,
-    start,
-    together,
-    weights,
-    workers,
-)  # fmt: skip
+from test_ddp import ENDLESS, FOUR, TORCHRUN, assert_close, finish, run_alone, start, together, weights, workers  # noqa: F401  fixtures
 
 import sample
 from configurator import ConfigError
-from helpers import ROOT, flags, losses, run_here, same
+from helpers import PATIENCE, ROOT, flags, losses, run_here, same, wait_for
 from kernels import sharding
 from lab.cost import size_of
 from model import GPT, GPTConfig, load_checkpoint
@@ -69,9 +56,7 @@ def test_two_processes_equal_one_under_muon_in_several_rows():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "given", [{}, {"optimizer": "muon", "bias": False}, {"token_shift": True, "tie_weights": False}]
-)
+@pytest.mark.parametrize("given", [{}, {"optimizer": "muon"}, {"token_shift": True, "tie_weights": False}])
 def test_a_run_of_two_processes_equals_one(given, together, shakespeare, tmp_path):  # noqa: F811
     """Training, clipping, evaluation, best and last checkpoint: all of train.py."""
     given = SHARED | {"grad_clip": 0.2} | given
@@ -235,7 +220,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8").split("## On a GPU, on
 
 
 def test_the_readmes_bytes_per_parameter(tmp_path):
-    """As lab/cost measures them, and DDP's own record of its buckets; a step count of 4 bytes per tensor is left out."""
+    """As lab/cost measures them, and DDP's own record of its buckets; AdamW's count of steps is left out."""
     table = [re.split(r"\s*\|\s*", line)[1:-1] for line in README.splitlines() if line.startswith("| DDP,")]
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -282,19 +267,11 @@ def on_this_machine(command, data, out):
 PORT = str(20_000 + os.getpid() % 10_000)
 
 
-def run_shell(commands, env=None):
+def run_shell(commands, **env):
     """Run commands of bash side by side; all must end well."""
-    env = (
-        os.environ
-        | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        | (env or {})
-    )
-    jobs = [
-        subprocess.Popen(
-            ["bash", "-c", c], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for c in commands
-    ]
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"} | env
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    jobs = [subprocess.Popen(["bash", "-c", c], env=os.environ | env, cwd=ROOT, **pipes) for c in commands]
     for job in jobs:
         stdout, _ = job.communicate(timeout=PATIENCE)
         assert job.returncode == 0, stdout
@@ -323,5 +300,5 @@ def test_the_readmes_slurm_script(shakespeare, tmp_path):
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    run_shell(["\n".join(lines)], slurm | {"PATH": path})
+    run_shell(["\n".join(lines)], PATH=path, **slurm)
     assert len(losses(tmp_path / "out")) == 2
