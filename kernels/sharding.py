@@ -42,6 +42,20 @@ def weightless():
         hook.remove()
 
 
+class Hidden:
+    """A value that FSDP does not look into: of a dataclass it makes a copy, in which a block's losses would be lost."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def hide_run(block):
+    """From now on FSDP's hooks on `block` see the stream alone, and its forward gets the Pass itself."""
+    forward = block.forward
+    block.forward = lambda x, run: forward(x, run.value)
+    block.register_forward_pre_hook(lambda _, args: (args[0], Hidden(args[1])), prepend=True)
+
+
 def shard(model, device, dtype):
     """Share `model` out over all processes, in place; the values are those of the main process.
 
@@ -57,6 +71,7 @@ def shard(model, device, dtype):
     policy = MixedPrecisionPolicy(**narrow, cast_forward_inputs=False)
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+        hide_run(block)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), ignored_params=ignored)
     model.to_empty(device=device)
     fill(model, values)

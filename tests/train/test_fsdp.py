@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ddp import ENDLESS, FOUR, TORCHRUN, assert_close, finish, run_alone, start, together, weights, workers  # noqa: F401  fixtures
+from test_ddp import (  # noqa: F401  two of them are fixtures
+    ENDLESS,
+    FOUR,
+    TORCHRUN,
+    assert_close,
+    finish,
+    run_alone,
+    start,
+    together,
+    weights,
+    workers,
+)
 
 import sample
 from configurator import ConfigError
@@ -71,6 +82,18 @@ def test_a_run_of_two_processes_equals_one(given, together, shakespeare, tmp_pat
     assert one.keys() == two.keys() and one["model"].keys() == two["model"].keys()
     shapes = [{n: {k: v.shape for k, v in s.items()} for n, s in c["optimizer"]["state"].items()} for c in (one, two)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_with_activation_checkpointing_and_compiled(parallel, together, shakespeare, tmp_path):  # noqa: F811
+    """Ten layers: blocks share their compiled code, of which torch.compile keeps eight versions."""
+    given = SHARED | {"n_layer": 10, "max_iters": 2, "eval_interval": 2, "parallel": parallel}
+    assert run_alone(*flags(shakespeare, tmp_path / "one", **given)) == 0
+    together(*flags(shakespeare, tmp_path / "two", **given, activation_checkpointing=True))
+    assert_close(tmp_path / "two", tmp_path / "one")
+    together(*flags(shakespeare, tmp_path / "compiled", **given | {"activation_checkpointing": True, "compile": True}))
+    assert_close(tmp_path / "compiled", tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -283,10 +306,10 @@ def test_the_readmes_commands_for_several_machines(shakespeare, tmp_path):
     two = [c for c in readme_commands("torchrun") if "--nnodes=2" in c]
     assert len(two) == 2
     run_shell([on_this_machine(c, shakespeare, tmp_path / "two") for c in two])
-    assert len(losses(tmp_path / "two")) == 2
+    assert load_checkpoint(tmp_path / "two" / "ckpt_last.pt")["iter_num"] == 2
     (shared,) = [c for c in readme_commands("torchrun") if "--parallel=fsdp" in c]
     run_shell([on_this_machine(shared, shakespeare, tmp_path / "shared").replace("node=1", "node=2")])
-    assert len(losses(tmp_path / "shared")) == 2
+    assert load_checkpoint(tmp_path / "shared" / "ckpt_last.pt")["iter_num"] == 2
 
 
 @pytest.mark.slow
@@ -301,4 +324,4 @@ def test_the_readmes_slurm_script(shakespeare, tmp_path):
     slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     run_shell(["\n".join(lines)], PATH=path, **slurm)
-    assert len(losses(tmp_path / "out")) == 2
+    assert load_checkpoint(tmp_path / "out" / "ckpt_last.pt")["iter_num"] == 2
