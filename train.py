@@ -278,9 +278,14 @@ def how_shared(cfg, trainer):
     return ", each with a part of the weights (fsdp)" if trainer.sharding else ", so fsdp has nothing to share out"
 
 
-def check_memory_savers(cfg, model, dtype, compiles, is_sharded):
+def compiles(cfg, world):
+    """Whether the run uses torch.compile."""
+    return world.device.startswith("cuda") if cfg.compile is None else cfg.compile
+
+
+def check_memory_savers(cfg, model, dtype, world):
     """ConfigError for what --parallel=fsdp or --activation_checkpointing cannot do right."""
-    if cfg.activation_checkpointing and compiles and any(map(has_counts, model.transformer.h)):
+    if cfg.activation_checkpointing and compiles(cfg, world) and any(map(has_counts, model.transformer.h)):
         told = "torch.compile cannot undo what bio_adaptive_threshold or use_fhn_partitioning count a second time"
         raise ConfigError(f"--activation_checkpointing: {told}: set --compile=False")
     config, told = model.config, "--parallel=fsdp: a process has a part of every weight, but"
@@ -290,7 +295,7 @@ def check_memory_savers(cfg, model, dtype, compiles, is_sharded):
         (cfg.log_alignment, f"{told} log_alignment compares whole gradients: use --parallel=ddp"),
         (dtype == torch.float16, f"{told} float16's loss scaler would see that part alone: use --dtype=bfloat16"),
     )
-    for is_on, why in refused if is_sharded else ():
+    for is_on, why in refused if sharding_of(cfg, world) else ():
         if is_on:
             raise ConfigError(why)
 
@@ -673,11 +678,10 @@ class Trainer:
         self.config = model.config
         self.device_type = world.device.split(":")[0]
         self.sharding = sharding_of(cfg, world)
-        compiles = self.device_type == "cuda" if cfg.compile is None else cfg.compile
-        check_memory_savers(cfg, model, dtype, compiles, self.sharding is not None)
         if cfg.activation_checkpointing:
             recompute_blocks(model)
-        self.model = self.share_out(model, compiles) if self.sharding else model.to(world.device)
+        shard = self.sharding and self.sharding.shard
+        self.model = shard(model, world.device, dtype, compiles(cfg, world)) if shard else model.to(world.device)
         self.iter_num, self.best_val_loss = 0, math.inf
         self.seen = 0, 0  # (step, tokens until then) of the checkpoint that it goes on from
         self.stop = None  # a Stop, while the run may be asked to
@@ -705,19 +709,14 @@ class Trainer:
             self.restore(checkpoint)
         if cfg.curriculum == "e7":  # the stage of the last step; a new model is evaluated with all of it
             self.set_stage(self.iter_num - 1 if self.iter_num else cfg.curriculum_iters)
-        self.forward = torch.compile(model) if compiles and not self.sharding else model
-        self.ddp = None
-        if world.control is not None and not self.sharding:
-            ids = [torch.device(world.device).index] if self.device_type == "cuda" else None
-            # buffers are equal by construction, and counts that a step has not applied yet must not be overwritten
-            self.ddp = DistributedDataParallel(self.forward, device_ids=ids, broadcast_buffers=False)
+        self.forward = torch.compile(model) if compiles(cfg, world) and not self.sharding else model
+        self.ddp = self.averaging() if world.control is not None and not self.sharding else None
 
-    def share_out(self, model, compiles):
-        """The model, of which this process keeps a part; compiled block by block, for FSDP gathers between blocks."""
-        if compiles:
-            for block in model.transformer.h:
-                block.forward = torch.compile(block.forward)
-        return self.sharding.shard(model, self.world.device, self.dtype)
+    def averaging(self):
+        """The model under DDP, each process with a whole one; gradients are averaged."""
+        ids = [torch.device(self.world.device).index] if self.device_type == "cuda" else None
+        # buffers are equal by construction, and counts that a step has not applied yet must not be overwritten
+        return DistributedDataParallel(self.forward, device_ids=ids, broadcast_buffers=False)
 
     def restore(self, checkpoint):
         """Go on where `checkpoint` stopped; nanoGPT's has no scaler and no random states."""
@@ -1197,6 +1196,7 @@ def build(settings, checkpoint):
     data.check(model.config.block_size, model.config.vocab_size)
     dtype, why_dtype = world.of_main(pick_dtype(cfg.dtype, device, model, cfg.batch_size * model.config.block_size))
     cfg.dtype = dtype_name(dtype)  # what a resumed run goes on with
+    check_memory_savers(cfg, model, dtype, world)
     if cfg.log_alignment and not model.alignment(*data.batch("val", np.zeros(1, np.int64), model.config, "cpu")):
         raise ConfigError('--log_alignment compares with backpropagation: set a method other than "bp"')
     tokenizer = load_tokenizer(data.meta, data.folder) if cfg.sample_interval else None
@@ -1204,19 +1204,25 @@ def build(settings, checkpoint):
     if cfg.profile and not (trainer.iter_num <= cfg.profiled[0] and cfg.profiled[-1] < cfg.max_iters):
         raise ConfigError(f"--profile={cfg.profile}: this run trains steps {trainer.iter_num} to {cfg.max_iters - 1}")
     if world.is_main:
-        print(
-            f"{model.num_params() / 1e6:.2f}M parameters, {trainer.tokens_per_step:,} tokens per step, "
-            f"{model.flops_per_token() / 1e6:,.1f} MFLOPs per token\n"
-            f"device {world.device} ({why_device}), dtype {dtype_name(dtype)} ({why_dtype}), {world.size} process(es)"
-            f"{how_shared(cfg, trainer)}\n"
-            f"{cfg.optimizer}: {trainer.groups()}",
-            flush=True,
-        )
+        tell_start(trainer, why_device, why_dtype)
     if checkpoint is not None and (changed := measures_otherwise(checkpoint, cfg)):
         trainer.best_val_loss = math.inf
         if world.is_main:
             print(f"{changed}: the best loss so far was measured otherwise and is forgotten", flush=True)
     return trainer, tokenizer, dtype
+
+
+def tell_start(trainer, why_device, why_dtype):
+    """Print what is trained, on what, and by which optimiser."""
+    cfg, model, world = trainer.cfg, trainer.model, trainer.world
+    print(
+        f"{model.num_params() / 1e6:.2f}M parameters, {trainer.tokens_per_step:,} tokens per step, "
+        f"{model.flops_per_token() / 1e6:,.1f} MFLOPs per token\n"
+        f"device {world.device} ({why_device}), dtype {cfg.dtype} ({why_dtype}), {world.size} process(es)"
+        f"{how_shared(cfg, trainer)}\n"
+        f"{cfg.optimizer}: {trainer.groups()}",
+        flush=True,
+    )
 
 
 def own_text(cfg, world):

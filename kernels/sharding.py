@@ -56,7 +56,7 @@ def hide_run(block):
     block.register_forward_pre_hook(lambda _, args: (args[0], Hidden(args[1])), prepend=True)
 
 
-def shard(model, device, dtype):
+def shard(model, device, dtype, compiles=False):
     """Share `model` out over all processes, in place; the values are those of the main process.
 
     On a GPU the blocks compute with weights in `dtype`; those outside of blocks stay in float32, as does the stream.
@@ -70,6 +70,8 @@ def shard(model, device, dtype):
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     policy = MixedPrecisionPolicy(**narrow, cast_forward_inputs=False)
     for block in model.transformer.h:
+        if compiles:  # block by block: between them weights are gathered and dropped
+            block.forward = torch.compile(block.forward)
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
         hide_run(block)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), ignored_params=ignored)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,9 +216,9 @@ def test_without_torchrun_there_is_nothing_to_share_out(shakespeare, tmp_path, c
 def test_what_is_refused(flags_, cfg, dtype, told):
     model = GPT(GPTConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 65} | flags_))
     cfg = TrainConfig(parallel="fsdp", **cfg)
-    check_memory_savers(cfg, model, dtype, compiles=False, is_sharded=False)
+    check_memory_savers(cfg, model, dtype, SimpleNamespace(device="cpu", control=None))  # as one process
     with pytest.raises(ConfigError, match=told):
-        check_memory_savers(cfg, model, dtype, compiles=False, is_sharded=True)
+        check_memory_savers(cfg, model, dtype, SimpleNamespace(device="cpu", control="a group"))
 
 
 @pytest.mark.slow
