@@ -1117,6 +1117,11 @@ def all_reduce(counts):
         torch.distributed.all_reduce(counts)
 
 
+def whole(p):
+    """A parameter between two passes, put together where FSDP has shared it out: all processes must call it then."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
 def append_to_cache(store, k, v):
     """Add k, v (B, nh, t, hs) to a layer's store; returns all n so far, (B, nh, n, hs) each.
 
@@ -2941,12 +2946,13 @@ class SpectralDecomposition(nn.Module):
         self.register_buffer("basis", torch.zeros(m, config.n_eigenvectors))  # psi / lambda
         self.register_buffer("width", torch.ones(()))  # 1 / s^2
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.refresh()
+        if not self.landmarks.is_meta:  # under --parallel=fsdp only the main process has numbers at first
+            self.refresh()
 
     @torch.no_grad()
     def refresh(self):
-        """Decompose the graph of the landmarks as they are now: in float64, on the CPU, rank 0's result for all."""
-        y = manifold_point(self.landmarks.detach().double().cpu(), self.manifold)
+        """Decompose the graph of the landmarks as they are now: in float64, on the CPU."""
+        y = manifold_point(whole(self.landmarks.detach()).double().cpu(), self.manifold)
         distance = torch.cdist(y, y, compute_mode="donot_use_mm_for_euclid_dist").square()
         nearest = (distance + distance.max() * torch.eye(len(y), dtype=y.dtype, device="cpu")).amin(1)
         width = 4 / nearest.mean().clamp(min=1e-12)  # s is half the typical distance to the nearest other landmark
@@ -2960,15 +2966,14 @@ class SpectralDecomposition(nn.Module):
         largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))[0].sign()
         self.basis.copy_(basis * torch.where(sign == 0, largest, sign))
         self.width.copy_(width)
-        if has_processes():
-            for buffer in (self.basis, self.width):
-                torch.distributed.broadcast(buffer, 0)
 
     def before_step(self):
-        """Refresh every `spectral_refresh` optimiser steps, counted across checkpoints."""
+        """Refresh every `spectral_refresh` optimiser steps, counted across checkpoints; rank 0's result for all."""
         self.steps += 1
         if self.steps % self.every == 0:
             self.refresh()
+            for buffer in (self.basis, self.width) if has_processes() else ():
+                torch.distributed.broadcast(buffer, 0)
 
     def forward(self, point):
         p, full_precision = in_float32(point)
@@ -3625,8 +3630,8 @@ class LocalLinear(nn.Linear):
     def error_weight(self):
         """What takes the place of W in the backward pass, in its shape."""
         if self.method == "sign_sym":
-            return sign_feedback(self.weight.detach(), self.feedback)
-        return self.feedback if self.method == "fa" else self.weight.detach()
+            return sign_feedback(whole(self.weight.detach()), self.feedback)
+        return self.feedback if self.method == "fa" else whole(self.weight.detach())
 
 
 def replace_linears(module, config, depth=""):
@@ -4034,7 +4039,7 @@ def cosine(a, b):
 def feedback_angles(model):
     """{layer: degrees between W and its feedback} of every layer whose gradients go through something else."""
     local = {n: m for n, m in model.named_modules() if isinstance(m, LocalLinear) and m.method in ("fa", "sign_sym")}
-    cosines = {n: cosine(m.error_weight(), m.weight) for n, m in local.items()}
+    cosines = {n: cosine(m.error_weight(), whole(m.weight)) for n, m in local.items()}
     return {n: math.degrees(math.acos(max(-1.0, min(1.0, c)))) for n, c in cosines.items()}
 
 

@@ -37,7 +37,7 @@ from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +54,8 @@ from data.dataset import TRAIN, TRAIN_LOSS, VAL_LOSS, folder_of, open_dataset
 from data.files import replace_file
 from data.progress import tqdm
 from data.runs import STABLE, find_checkpoint, hold, keep_previous, open_metrics, prepare_out_dir
-from kernels.muon import Muon as Muon
+from kernels.muon import Muon as Muon, local
+from kernels.recompute import has_counts, recompute_blocks
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint, save_checkpoint
 
 RANGES = {
@@ -131,6 +132,8 @@ class TrainConfig:
     compile: bool | None = None  # torch.compile: minutes at the start, faster steps; None = on CUDA only
     peak_tflops: float | None = None  # the GPU's 16-bit peak, for the printed mfu; None = by its name, if that is known
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # for torch.distributed; auto: nccl on CUDA, else gloo
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: each process has the whole model | a share of it (FSDP2)
+    activation_checkpointing: bool = False  # the backward pass computes blocks again: less memory, a third more FLOPs
 
     def __post_init__(self):
         check_values(self, RANGES)
@@ -218,7 +221,7 @@ class World:
         self.rank, self.size = ranks()
         self.is_main = self.rank == 0
         self.device = device
-        self.control = None
+        self.control = None  # a group, where torchrun started this process
         if os.environ.get("RANK"):
             if device == "cuda":
                 self.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -257,6 +260,44 @@ class World:
     def close(self):
         if self.control is not None:
             dist.destroy_process_group()
+
+
+def sharding_of(cfg, world):
+    """The module of --parallel=fsdp, whose import takes a second; None for ddp, and without torchrun."""
+    if cfg.parallel == "ddp" or world.control is None:
+        return None
+    from kernels import sharding
+
+    return sharding
+
+
+def how_shared(cfg, trainer):
+    """What the line about processes adds under --parallel=fsdp."""
+    if cfg.parallel == "ddp":
+        return ""
+    return ", each with a part of the weights (fsdp)" if trainer.sharding else ", so fsdp has nothing to share out"
+
+
+def compiles(cfg, world):
+    """Whether the run uses torch.compile."""
+    return world.device.startswith("cuda") if cfg.compile is None else cfg.compile
+
+
+def check_memory_savers(cfg, model, dtype, world):
+    """ConfigError for what --parallel=fsdp or --activation_checkpointing cannot do right."""
+    if cfg.activation_checkpointing and compiles(cfg, world) and any(map(has_counts, model.transformer.h)):
+        told = "torch.compile cannot undo what bio_adaptive_threshold or use_fhn_partitioning count a second time"
+        raise ConfigError(f"--activation_checkpointing: {told}: set --compile=False")
+    config, told = model.config, "--parallel=fsdp: a process has a part of every weight, but"
+    refused = (
+        (config.htm_meta_strength, f"{told} htm_meta_strength scales whole columns: use --parallel=ddp"),
+        (config.fa_grape, f"{told} fa_grape probes whole weights between passes: use --parallel=ddp"),
+        (cfg.log_alignment, f"{told} log_alignment compares whole gradients: use --parallel=ddp"),
+        (dtype == torch.float16, f"{told} float16's loss scaler would see that part alone: use --dtype=bfloat16"),
+    )
+    for is_on, why in refused if sharding_of(cfg, world) else ():
+        if is_on:
+            raise ConfigError(why)
 
 
 def pick_device(name):
@@ -377,7 +418,8 @@ def resume(settings):
         if init_from == "resume":
             raise CheckpointError(f"{out_dir}: no checkpoint to resume from; start with --init_from=scratch")
         return settings, None
-    checkpoint = load_checkpoint(path)
+    # with shared-out weights the main process alone reads them; the others need their shapes
+    checkpoint = load_checkpoint(path, mmap=settings.values["parallel"] == "fsdp" and ranks()[0] > 0)
     is_own, config = "format" in checkpoint, checkpoint.get("config", {})
     if not isinstance(config, dict) or (is_own and "config" not in checkpoint):
         raise CheckpointError(f"{path}: has no training configuration; give a config file and --init_from=scratch")
@@ -633,9 +675,13 @@ class Trainer:
 
     def __init__(self, cfg, model, data, world, dtype, checkpoint=None):
         self.cfg, self.data, self.world, self.dtype = cfg, data, world, dtype
-        self.model = model.to(world.device)
         self.config = model.config
         self.device_type = world.device.split(":")[0]
+        self.sharding = sharding_of(cfg, world)
+        if cfg.activation_checkpointing:
+            recompute_blocks(model)
+        shard = self.sharding and self.sharding.shard
+        self.model = shard(model, world.device, dtype, compiles(cfg, world)) if shard else model.to(world.device)
         self.iter_num, self.best_val_loss = 0, math.inf
         self.seen = 0, 0  # (step, tokens until then) of the checkpoint that it goes on from
         self.stop = None  # a Stop, while the run may be asked to
@@ -663,13 +709,14 @@ class Trainer:
             self.restore(checkpoint)
         if cfg.curriculum == "e7":  # the stage of the last step; a new model is evaluated with all of it
             self.set_stage(self.iter_num - 1 if self.iter_num else cfg.curriculum_iters)
-        compiles = self.device_type == "cuda" if cfg.compile is None else cfg.compile
-        self.forward = torch.compile(model) if compiles else model
-        self.ddp = None
-        if world.control is not None:
-            ids = [torch.device(world.device).index] if self.device_type == "cuda" else None
-            # buffers are equal by construction, and counts that a step has not applied yet must not be overwritten
-            self.ddp = DistributedDataParallel(self.forward, device_ids=ids, broadcast_buffers=False)
+        self.forward = torch.compile(model) if compiles(cfg, world) and not self.sharding else model
+        self.ddp = self.averaging() if world.control is not None and not self.sharding else None
+
+    def averaging(self):
+        """The model under DDP, each process with a whole one; gradients are averaged."""
+        ids = [torch.device(self.world.device).index] if self.device_type == "cuda" else None
+        # buffers are equal by construction, and counts that a step has not applied yet must not be overwritten
+        return DistributedDataParallel(self.forward, device_ids=ids, broadcast_buffers=False)
 
     def restore(self, checkpoint):
         """Go on where `checkpoint` stopped; nanoGPT's has no scaler and no random states."""
@@ -677,7 +724,10 @@ class Trainer:
         try:
             saved = checkpoint["optimizer"]
             self.check_state(saved, checkpoint["iter_num"])
-            self.optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
+            state = saved["state"]
+            if self.sharding:
+                state = self.sharding.shares_of(state, self.optimizer)
+            self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
             if checkpoint.get("scaler") and self.scaler.is_enabled():
                 self.scaler.load_state_dict(checkpoint["scaler"])
             self.iter_num, self.best_val_loss = checkpoint["iter_num"], float(checkpoint["best_val_loss"])
@@ -746,14 +796,18 @@ class Trainer:
         total = 0.0
         for micro in range(self.micro_steps):
             x, y = self.data.batch("train", starts[(first + micro) * B :][:B], self.config, self.world.device)
+            is_last = micro == self.micro_steps - 1
             if self.ddp is not None:  # gradients are averaged once, in the last backward pass
-                self.ddp.require_backward_grad_sync = micro == self.micro_steps - 1
+                self.ddp.require_backward_grad_sync = is_last
+            elif self.sharding:
+                self.model.set_requires_gradient_sync(is_last)
             with self.autocast:
                 _, loss = (self.ddp or self.forward)(x[:, :T], y[:, :T])
             self.scaler.scale(loss / self.micro_steps).backward()
             total = total + loss.detach() / self.micro_steps
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
+        clip = self.sharding.clip_grad_norm if self.sharding else torch.nn.utils.clip_grad_norm_
+        norm = clip(self.model.parameters(), cfg.grad_clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -776,7 +830,10 @@ class Trainer:
         if checkpoint.get("iter_num") != step:
             raise CheckpointError(f"{path}: expected the run at step {step}, from before its decay; start it again")
         best, seen = self.best_val_loss, self.seen
-        self.model.load_state_dict(checkpoint["model"])
+        if self.sharding:
+            self.sharding.fill(self.model, checkpoint["model"])
+        else:
+            self.model.load_state_dict(checkpoint["model"])
         self.restore(checkpoint)
         self.iter_num, self.best_val_loss, self.seen = now, best, seen
 
@@ -807,13 +864,16 @@ class Trainer:
         self.model.eval()
         loss_sum, right, count, stopped = 0.0, 0, 0, 0
         is_shown = self.world.is_main and sys.stderr.isatty()
+        batches = self.in_step(batches) if self.sharding else batches
         for x, y in tqdm(batches, "evaluating", total, leave=False, disable=not is_shown, delay=1, dynamic_ncols=True):
-            if self.stop and self.stop.requested:
+            if self.stop and self.stop.requested and not self.sharding:
                 stopped = 1
                 break
             with self.autocast:
                 logits, loss = self.forward(x, y)
             n = int((y != -1).sum())
+            if n == 0 and self.sharding:  # it only keeps the others company
+                continue
             loss_sum, count = loss_sum + loss.item() * n, count + n
             if self.data.has_questions:
                 right += int((logits.argmax(-1) == y).sum())  # no logit is at -1
@@ -822,6 +882,21 @@ class Trainer:
         if stopped:
             raise Stopped
         return loss_sum / count, right / count
+
+    def in_step(self, batches):
+        """Batches as long as any process has one, since all gather the weights: an empty one where this has none left.
+
+        Stopped, in all of them at once, if a stop was asked for in any.
+        """
+        nothing = torch.zeros(1, self.config.block_size, dtype=torch.int64, device=self.world.device)
+        for batch in chain(batches, repeat(None)):
+            is_asked = self.stop is not None and self.stop.requested
+            left, stopped = self.world.sum([float(batch is not None), float(is_asked)])
+            if stopped:
+                raise Stopped
+            if not left:
+                return
+            yield (nothing, nothing - 1) if batch is None else batch
 
     def evaluate(self):
         """{"train_loss", "val_loss"} in nats per token, "val_bpb" in bits per byte where the bytes are known.
@@ -855,14 +930,18 @@ class Trainer:
 
         Diverged, with nothing written, if a weight is not finite: the checkpoint there may be the last good one.
         """
-        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+        bad = not all(torch.isfinite(local(p)).all() for p in self.model.parameters())
+        if self.world.sum([float(bad)])[0]:  # each process has seen its own part
             raise Diverged(f"a weight is not finite after {self.iter_num} steps")
         states = self.world.gather(rng_states())
+        weights, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        if self.sharding:  # all processes put them together, the main one keeps them
+            weights, optimizer = (self.sharding.whole(x, self.world.is_main) for x in (weights, optimizer))
         if not self.world.is_main:
             return
         checkpoint = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": weights,
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "model_args": asdict(self.config),
             "config": asdict(self.cfg),
@@ -1101,7 +1180,7 @@ def build(settings, checkpoint):
     cfg = settings.build(TrainConfig)
     check_packages(cfg)
     if cfg.cost:
-        cfg.compile = False  # minutes of compiling are no part of an estimate
+        cfg.compile, cfg.parallel = False, "ddp"  # minutes of compiling are no part of an estimate; of one process
     cfg.wandb_run_name = cfg.wandb_run_name or os.environ.get("WANDB_NAME") or "-".join(settings.files) or "nanochimera"
     device, why_device = pick_device(cfg.device)
     world = World(device, cfg.backend)
@@ -1112,10 +1191,13 @@ def build(settings, checkpoint):
     data = open_dataset(cfg)
     if checkpoint is not None:
         check_data(checkpoint, data, cfg.out_dir)
-    model = build_model(settings, checkpoint, data)
+    sharding = sharding_of(cfg, world)
+    with sharding.weightless() if sharding and not world.is_main else nullcontext():
+        model = build_model(settings, checkpoint, data)
     data.check(model.config.block_size, model.config.vocab_size)
     dtype, why_dtype = world.of_main(pick_dtype(cfg.dtype, device, model, cfg.batch_size * model.config.block_size))
     cfg.dtype = dtype_name(dtype)  # what a resumed run goes on with
+    check_memory_savers(cfg, model, dtype, world)
     if cfg.log_alignment and not model.alignment(*data.batch("val", np.zeros(1, np.int64), model.config, "cpu")):
         raise ConfigError('--log_alignment compares with backpropagation: set a method other than "bp"')
     tokenizer = load_tokenizer(data.meta, data.folder) if cfg.sample_interval else None
@@ -1123,18 +1205,25 @@ def build(settings, checkpoint):
     if cfg.profile and not (trainer.iter_num <= cfg.profiled[0] and cfg.profiled[-1] < cfg.max_iters):
         raise ConfigError(f"--profile={cfg.profile}: this run trains steps {trainer.iter_num} to {cfg.max_iters - 1}")
     if world.is_main:
-        print(
-            f"{model.num_params() / 1e6:.2f}M parameters, {trainer.tokens_per_step:,} tokens per step, "
-            f"{model.flops_per_token() / 1e6:,.1f} MFLOPs per token\n"
-            f"device {world.device} ({why_device}), dtype {dtype_name(dtype)} ({why_dtype}), {world.size} process(es)\n"
-            f"{cfg.optimizer}: {trainer.groups()}",
-            flush=True,
-        )
+        tell_start(trainer, why_device, why_dtype)
     if checkpoint is not None and (changed := measures_otherwise(checkpoint, cfg)):
         trainer.best_val_loss = math.inf
         if world.is_main:
             print(f"{changed}: the best loss so far was measured otherwise and is forgotten", flush=True)
     return trainer, tokenizer, dtype
+
+
+def tell_start(trainer, why_device, why_dtype):
+    """Print what is trained, on what, and by which optimiser."""
+    cfg, model, world = trainer.cfg, trainer.model, trainer.world
+    print(
+        f"{model.num_params() / 1e6:.2f}M parameters, {trainer.tokens_per_step:,} tokens per step, "
+        f"{model.flops_per_token() / 1e6:,.1f} MFLOPs per token\n"
+        f"device {world.device} ({why_device}), dtype {cfg.dtype} ({why_dtype}), {world.size} process(es)"
+        f"{how_shared(cfg, trainer)}\n"
+        f"{cfg.optimizer}: {trainer.groups()}",
+        flush=True,
+    )
 
 
 def own_text(cfg, world):
@@ -1240,10 +1329,11 @@ class StepProfile:
 def evaluate_and_log(trainer, log):
     """Evaluate, save, and log what was measured."""
     i, results = trainer.iter_num, trainer.evaluate_and_save()
+    aligned = trainer.alignment() if log or trainer.sharding else {}  # whole weights, for the angles
     if log:
         measured = {k: v.item() for k, v in trainer.model.measures().items()}
         measured |= {"horizon": horizon} if (horizon := trainer.horizon()) else {}
-        log.evaluation(i, {"tokens": trainer.tokens(i), **results, **measured, **trainer.alignment()})
+        log.evaluation(i, {"tokens": trainer.tokens(i), **results, **measured, **aligned})
 
 
 def save_stopped(trainer, log):
@@ -1269,8 +1359,10 @@ def loop(trainer, log, tokenizer, stop):
                 return save_stopped(trainer, log)
         if i >= cfg.max_iters:
             return
-        if log and cfg.sample_interval and i and i % cfg.sample_interval == 0:
-            log.write_line(f"--- a sample at step {i} ---\n{trainer.write_sample(tokenizer).strip()}\n---")
+        if (log or trainer.sharding) and cfg.sample_interval and i and i % cfg.sample_interval == 0:
+            text = trainer.write_sample(tokenizer).strip()
+            if log:
+                log.write_line(f"--- a sample at step {i} ---\n{text}\n---")
         clock += time.perf_counter() - pause
         losses.append(*step())
         if i % cfg.log_interval == 0:

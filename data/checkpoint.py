@@ -90,12 +90,12 @@ def storage_bytes(value):
     return {address: size for part in parts for address, size in storage_bytes(part).items()}
 
 
-def read_checked(path, map_location):
+def read_checked(path, map_location, mmap):
     """torch.load of a checkpoint file, whose bytes must be those that were written (see `checked_zip`)."""
     if not zipfile.is_zipfile(path):  # PyTorch before 1.6: no checksums in it
         return torch.load(path, map_location=map_location, weights_only=True)
     with checked_zip(path) as size:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
         if sum(storage_bytes(checkpoint).values()) > size:
             raise ValueError("tensors larger than the records they lie in")
     return checkpoint
@@ -112,17 +112,17 @@ def of_format_2(args, path):
     return args
 
 
-def load_checkpoint(path, map_location="cpu"):
+def load_checkpoint(path, map_location="cpu", mmap=False):
     """The dict in a checkpoint file of nanoChimera or nanoGPT, with `model` as a clean state dict.
 
     Read with weights_only=True: tensors and plain values, never code. CheckpointError, one line, for anything else, and
-    for a file that is not, to the last byte, what was written.
+    for a file that is not, to the last byte, what was written. mmap: tensors stay in the file until they are used.
     """
     path = Path(path)
     try:
         if not is_file(path):
             raise CheckpointError(f"{path}: no such checkpoint; train one first, or set --out_dir")
-        checkpoint = read_checked(path, map_location)
+        checkpoint = read_checked(path, map_location, mmap)
     except CheckpointError:
         raise
     except PermissionError:

@@ -11,6 +11,7 @@ one shape are stacked and go through together. Jordan et al. 2024, kellerjordan.
 """
 
 import torch
+import torch.distributed as dist
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -83,17 +84,54 @@ class Muon(torch.optim.Optimizer):
         rows = [(p, split or (p.size(0),)) for p, split in zip(group["params"], group["splits"]) if p.grad is not None]
         if not rows:
             return
-        params = [p for p, _ in rows]
-        grads = [p.grad for p in params]
-        for p in params:
+        for p, _ in rows:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        params, grads = [local(p) for p, _ in rows], [local(p.grad) for p, _ in rows]
+        buffers = [local(self.state[p]["momentum_buffer"]) for p, _ in rows]
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
         updates = torch._foreach_lerp(grads, buffers, self.momentum)
-        orthogonalize_parts([part for u, (_, split) in zip(updates, rows) for part in u.split(split)], self.dtype)
+        if params[0] is rows[0][0]:
+            orthogonalize_parts([part for u, (_, split) in zip(updates, rows) for part in u.split(split)], self.dtype)
+        else:
+            orthogonalize_shared(updates, rows, self.dtype)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+
+def local(tensor):
+    """This process's rows of a tensor that FSDP has shared out; the tensor itself where it is whole."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def orthogonalize_shared(updates, rows, dtype=None):
+    """The same of matrices of which each process has some rows; rows: (parameter, rows of its parts) of each.
+
+    Of the matrices of one shape, process r gathers numbers r, r + n, ..., makes them orthogonal and hands out the rows.
+    """
+    alike = {}
+    for u, (p, split) in zip(updates, rows):
+        alike.setdefault((p.shape, tuple(split)), []).append(u)
+    for (shape, split), shares in alike.items():
+        n = dist.get_world_size()
+        height, each = -(-shape[0] // n), -(-len(shares) // n)  # rows per process, matrices per process
+        sent = shares[0].new_zeros(each, n, height, shape[1])  # (matrix, its process, rows, columns)
+        for number, u in enumerate(shares):
+            sent[number // n, number % n, : len(u)] = u
+        own = exchange(sent).flatten(1, 2)  # (matrix, all rows, columns)
+        here = len(range(dist.get_rank(), len(shares), n))
+        orthogonalize_parts([part for u in own[:here, : shape[0]] for part in u.split(split)], dtype)
+        sent = exchange(own.unflatten(1, (n, height)))
+        for number, u in enumerate(shares):
+            u.copy_(sent[number // n, number % n, : len(u)])
+
+
+def exchange(parts):
+    """From parts (m, n, ...), [:, r] for process r of n, those that the processes have for this one, in their order."""
+    parts = parts.transpose(0, 1).contiguous()
+    got = torch.empty_like(parts)
+    dist.all_to_all_single(got, parts)
+    return got.transpose(0, 1)
 
 
 def orthogonalize_parts(parts, dtype=None):
