@@ -16,7 +16,7 @@ from data.files import replace_file
 from lab import stats
 from lab.ablate import LEAST_SEEDS, difference, front, markdown
 from lab.page import write_between_marks
-from lab.pictures import COLOURS, TIGHT, png, pyplot, spread_out
+from lab.pictures import COLOURS, LINES, TIGHT, png, pyplot, spread_out
 
 SIGNIFICANT = 0.05
 
@@ -404,14 +404,19 @@ def picture_survival(cards):
         if not gaps:
             continue
         x, colour = [i + 0.02 * (number - len(cards) / 2) for i in gaps], COLOURS[number % len(COLOURS)]
+        style = LINES[number // len(COLOURS) % len(LINES)]
         means, halves = ([each[key] for each in gaps.values()] for key in ("difference", "half"))
-        axes.errorbar(x, means, halves, fmt="o-", ms=4, capsize=3, color=colour)
-        ends.append((means[-1], card["name"], colour))
+        axes.errorbar(x, means, halves, fmt="o", ls=style, ms=4, capsize=3, color=colour)
+        ends.append((x[-1], means[-1], card["name"], colour))
     low, high = axes.get_ylim()
-    heights = spread_out([0.0, *(end for end, _, _ in ends)], 0.05 * (high - low))
-    for height, (_, name, colour) in zip(heights, [(0.0, "baseline", "black"), *ends]):
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.text(2.15, height, name, color=colour, fontsize=9, va="center", bbox=box)
+    ends.insert(0, (2.0, 0.0, "baseline", "black"))
+    heights = spread_out([end for _, end, *_ in ends], 0.05 * (high - low))
+    for height, (x, end, name, colour) in zip(heights, ends):
+        box, lead = (
+            {"facecolor": "white", "edgecolor": "none", "pad": 1},
+            {"arrowstyle": "-", "color": colour, "lw": 0.5},
+        )
+        axes.annotate(name, (x, end), (2.25, height), color=colour, fontsize=9, va="center", bbox=box, arrowprops=lead)
     axes.set_ylim(min(low, *heights), max(high, *heights) + 0.03 * (high - low))
     axes.set_xticks(range(3), rungs)
     axes.set(xlim=(-0.2, 2.9), ylabel="loss minus the baseline's, nats per token")

@@ -26,6 +26,7 @@ from lab.ablate import (
     find_runs,
     markdown,
 )
+from lab.claims import draw, picture_survival
 from lab.page import write_between_marks
 
 RUNGS = {"M0": "out-ablation", "M1": "out-modern", "M2": "out-modern-muon"}
@@ -40,7 +41,15 @@ PARTS = {  # each part of the modern block: (the row that adds it to M0, the row
     "grouped keys and values": ("n_kv_head", None), "Muon": ("muon", None),
 }  # fmt: skip
 SEARCH = "conv_"  # rows of the search on M2: with a short convolution, and what else the name says
-CONTROLS = ("short_conv", "token_shift", "value_embeds", "x0_skip", "gla", "gdn")  # what the field would try first
+CONTROLS = (
+    "m3",
+    "short_conv",
+    "token_shift",
+    "value_embeds",
+    "x0_skip",
+    "gla",
+    "gdn",
+)  # what the field would try first
 
 
 @dataclass
@@ -158,6 +167,16 @@ def table(rungs, unbracketed):
     return lines
 
 
+def drawable(rungs):
+    """What `picture_survival` takes: the rows with an interval on every rung that has them, best on M2 first."""
+    found = {row: {r: d for r, d in each.items() if d.half is not None} for row, each in differences(rungs).items()}
+    found = {row: each for row, each in found.items() if {"M0", "M2"} <= each.keys()}
+    return [
+        {"name": row, "baselines": {r: {"select": {"difference": d.mean, "half": d.half}} for r, d in each.items()}}
+        for row, each in sorted(found.items(), key=lambda item: item[1]["M2"].mean)
+    ]
+
+
 def describe(rungs):
     """A sentence on each rung's baseline."""
     parts = []
@@ -197,6 +216,8 @@ def main(argv=None):
         for page, content in ((Path(cfg.readme), text), (Path(cfg.docs) / "results.md", text + more)):
             write_between_marks(page, "rungs", content)
             print(f"wrote {page}")
+        if cards := drawable(rungs):
+            draw(Path(cfg.docs) / "results", "rungs-survival", picture_survival(cards))
 
 
 if __name__ == "__main__":
