@@ -728,14 +728,16 @@ class GPT(nn.Module):
 
     # Forward --------------------------------------------------------------------------------------------------------
 
-    def forward(self, idx, targets=None, state=None):
+    def forward(self, idx, targets=None, state=None, all_logits=False):
         """Logits and loss of a batch of tokens.
 
         idx (B, T) int64; targets (B, T) int64 with -1 where there is nothing to predict; state: a DecodingState that
         holds the tokens before idx, and is advanced over them. Returns logits (B, T, V) and the loss, a 0-d tensor in
-        nats per token; without targets the logits of the last position, (B, 1, V), and None; in training with
-        loss_chunk the last position's logits and the loss. ValueError for more tokens than the model has positions.
+        nats per token; without targets the logits of the last position, (B, 1, V), and None; with all_logits in place of
+        targets those of every one; in training with loss_chunk the last one's alone. ValueError for too many tokens.
         """
+        if all_logits:
+            targets = torch.full_like(idx, -1)
         run = Pass(idx, targets, state, self.training)
         if self.max_positions is not None and run.past + idx.size(1) > self.max_positions:
             raise ValueError(f"{run.past + idx.size(1)} tokens, but block_size is {self.max_positions}")
@@ -745,7 +747,7 @@ class GPT(nn.Module):
         logits, loss = self.predict(self.final_norm(x, run), run)
         if state is not None:
             state.pos += idx.size(1)
-        return logits, self.objective(loss, run)
+        return logits, None if all_logits else self.objective(loss, run)
 
     def embed(self, run):
         """Tokens, positions, points on a manifold: (B, T, C)."""

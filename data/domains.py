@@ -117,9 +117,9 @@ def plays():
 
 
 def pins():
-    """{package: version} of constraints.txt, names as packaging normalises them."""
-    lines = (corpus.ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    found = (re.match(r"([\w.-]+)==([^;\s]+)", line) for line in lines)
+    """{package: version} of constraints.txt down to "# Not in data/code", names as packaging normalises them."""
+    text = (corpus.ROOT / "constraints.txt").read_text(encoding="utf-8").split("# Not in data/code")[0]
+    found = (re.match(r"([\w.-]+)==([^;\s]+)", line) for line in text.splitlines())
     return {normal(match[1]): match[2] for match in found if match}
 
 
