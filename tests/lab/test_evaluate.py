@@ -233,19 +233,17 @@ def test_the_same_figures_as_the_harness_has_for_gpt2(gpt2_folder, tasks, tmp_pa
         for metric, value in theirs["results"][name].items():
             if isinstance(value, float):
                 assert ours["results"][name][metric] == pytest.approx(value, rel=1e-5), (name, metric)
-    lm = NanoChimeraLM(*evaluate.sample.load(evaluate.EvaluateConfig(init_from=str(gpt2_folder), tasks="x")))
-    for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        for sample in (row for name in names for row in theirs["samples"][name]):
-            args = [tuple(a) if not isinstance(a, dict) else tuple(a.values()) for a in arguments(sample)]
-            if kind_of(sample) == kind:
-                found = getattr(lm, kind)(requests(kind, *args), disable_tqdm=True)
-                for got, want in zip(found, sample["resps"]):
-                    same(got, want[0])
-
-
-def arguments(sample):
-    found = sample["arguments"]
-    return list(found.values()) if isinstance(found, dict) else found
+    lm, compared = (
+        NanoChimeraLM(*evaluate.sample.load(evaluate.EvaluateConfig(init_from=str(gpt2_folder), tasks="x"))),
+        0,
+    )
+    for sample in (row for name in names for row in theirs["samples"][name]):
+        args = [tuple(each) for each in sample["arguments"]]
+        found = getattr(lm, kind_of(sample))(requests(kind_of(sample), *args), disable_tqdm=True)
+        for got, want in zip(found, sample["resps"], strict=True):
+            same(got, want[0])
+            compared += 1
+    assert compared == sum(len(q["choices"]) for q in QUESTIONS) + 4 + 4
 
 
 def kind_of(sample):
