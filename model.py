@@ -733,7 +733,7 @@ class GPT(nn.Module):
 
         idx (B, T) int64; targets (B, T) int64 with -1 where there is nothing to predict; state: a DecodingState that
         holds the tokens before idx, and is advanced over them. Returns logits (B, T, V) and the loss, a 0-d tensor in
-        nats per token; without targets the logits of the last position, (B, 1, V), None; with all_logits in place of
+        nats per token; without targets the last position's logits, (B, 1, V), and None; with all_logits in place of
         targets those of every one; in training with loss_chunk the last one's alone. ValueError for too many tokens.
         """
         if all_logits:
