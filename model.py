@@ -20,6 +20,7 @@ cost and source, then the code.
 References: nanoGPT (github.com/karpathy/nanoGPT); GPT-2 (Radford et al. 2019).
 """
 
+import json
 import math
 import re
 import warnings
@@ -728,14 +729,16 @@ class GPT(nn.Module):
 
     # Forward --------------------------------------------------------------------------------------------------------
 
-    def forward(self, idx, targets=None, state=None):
+    def forward(self, idx, targets=None, state=None, all_logits=False):
         """Logits and loss of a batch of tokens.
 
         idx (B, T) int64; targets (B, T) int64 with -1 where there is nothing to predict; state: a DecodingState that
         holds the tokens before idx, and is advanced over them. Returns logits (B, T, V) and the loss, a 0-d tensor in
-        nats per token; without targets the logits of the last position, (B, 1, V), and None; in training with
-        loss_chunk the last position's logits and the loss. ValueError for more tokens than the model has positions.
+        nats per token; without targets the last position's logits, (B, 1, V), and None; with all_logits in place of
+        targets those of every one; in training with loss_chunk the last one's alone. ValueError for too many tokens.
         """
+        if all_logits:
+            targets = torch.full_like(idx, -1)
         run = Pass(idx, targets, state, self.training)
         if self.max_positions is not None and run.past + idx.size(1) > self.max_positions:
             raise ValueError(f"{run.past + idx.size(1)} tokens, but block_size is {self.max_positions}")
@@ -745,7 +748,7 @@ class GPT(nn.Module):
         logits, loss = self.predict(self.final_norm(x, run), run)
         if state is not None:
             state.pos += idx.size(1)
-        return logits, self.objective(loss, run)
+        return logits, None if all_logits else self.objective(loss, run)
 
     def embed(self, run):
         """Tokens, positions, points on a manifold: (B, T, C)."""
@@ -976,15 +979,19 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir, **overrides):
-        """A GPT-2 by its name or Hugging Face directory, see `read_gpt2`; overrides replace config fields (dropout)."""
+        """A GPT-2 by name, or a Hugging Face directory: `export_hf`'s, or a GPT-2; overrides replace config fields."""
+        if is_exported(name_or_dir):
+            return cls.from_checkpoint(read_exported(name_or_dir), **overrides)
         args, weights = read_gpt2(name_or_dir)
         model = cls(GPTConfig(**args | overrides))
         model.load_state_dict(own_projections(weights, model))
         return model
 
     def export_hf(self, directory):
-        """Write a plain GPT-2 Hugging Face directory, see `write_gpt2`."""
-        write_gpt2(self, directory)
+        """Write a Hugging Face directory, as GPT-2 where the model is one; with a run's facts: lab/export.py."""
+        from lab.export import export  # it folds this file, which nothing else here needs
+
+        export(self, directory)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4326,10 +4333,42 @@ def next_token(logits, idx, temperature, top_k, top_p, min_p, repetition_penalty
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# GPT-2 as Hugging Face keeps it. OpenAI's linear maps are Conv1D, (in, out): four are transposed on the way in and out.
+# Hugging Face's directories: ours, which lab/export.py writes, and GPT-2's. OpenAI's linear maps are Conv1D, (in, out):
+# four are transposed on the way in and out.
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu2": "relu2"}
+
+
+EXPORTED = "nanochimera"  # model_type in config.json
+
+
+def is_exported(directory):
+    """Whether a directory has a config.json that `export_hf` wrote for a model that is no GPT-2."""
+    file = Path(directory, "config.json")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError as e:
+        raise ValueError(f"{file}: damaged, {e}") from e
+    return isinstance(found, dict) and found.get("model_type") == EXPORTED
+
+
+def read_exported(directory):
+    """The weights and flags in such a directory, as in a checkpoint; needs `safetensors`. ValueError for damage."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    flags = json.loads(Path(directory, "config.json").read_text(encoding="utf-8")).get("flags")
+    file = Path(directory, "model.safetensors")
+    if not isinstance(flags, dict) or not file.is_file():
+        raise ValueError("config.json has no flags" if file.is_file() else "has no model.safetensors")
+    try:
+        weights = {name.removeprefix("gpt."): value for name, value in load_file(file).items()}
+    except (SafetensorError, ValueError) as e:
+        raise ValueError(f"{file}: damaged, {e}") from e
+    if flags.get("tie_weights") and "transformer.wte.weight" in weights:  # one matrix, written once
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return {"model": weights, "model_args": flags}
 
 
 def transpose_conv1d(weights):
@@ -4368,20 +4407,21 @@ def read_gpt2(name_or_dir):
     return args, transpose_conv1d(hf.state_dict())
 
 
-def write_gpt2(model, directory):
-    """Write a plain GPT-2 Hugging Face directory (config.json and safetensors); needs `transformers`.
-
-    ValueError if a flag is on that GPT-2 does not have. Missing biases are written as zeros.
-    """
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    c = model.config
+def beyond_gpt2(c):
+    """The flags of a GPTConfig that GPT-2 does not have; [] for a plain model."""
     shared = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "loss_chunk")
     plain = GPTConfig(**{name: getattr(c, name) for name in shared})
     flags = [f.name for f in fields(c) if f.name != "mlp_act" and getattr(c, f.name) != getattr(plain, f.name)]
-    flags += [] if c.mlp_act in HF_ACTIVATIONS else [f"mlp_act={c.mlp_act}"]
-    if flags:
-        raise ValueError(f"GPT-2 has no {', '.join(flags)}: only a plain model can be exported")
+    return flags + ([] if c.mlp_act in HF_ACTIVATIONS else ["mlp_act"])
+
+
+def write_gpt2(model, directory):
+    """Write a plain model as GPT-2 (config.json and safetensors); missing biases as zeros. Needs `transformers`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    if flags := beyond_gpt2(c):
+        raise ValueError(f"GPT-2 has no {', '.join(flags)}")
     hf = GPT2LMHeadModel(GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         activation_function=HF_ACTIVATIONS[c.mlp_act], bos_token_id=None, eos_token_id=None,

@@ -55,7 +55,7 @@ class SampleConfig:
     """What to write with; ValueError for values that make no sense."""
 
     # -- model --------------------------------------------------------------------------------------------------------
-    init_from: str = "resume"  # "resume" (the checkpoint in out_dir) | "gpt2*" | a Hugging Face folder
+    init_from: str = "resume"  # "resume" (the checkpoint in out_dir) | "gpt2*" | a Hugging Face folder, ours too
     out_dir: str = "out"  # the run's folder
     checkpoint: str = ""  # a file in out_dir; empty = ckpt.pt (best), else ckpt_last.pt
     data_dir: str = ""  # where the data set lies, for its tokenizer; empty = as in training
@@ -90,6 +90,8 @@ class SampleConfig:
 
 def tokenizer_of(name_or_dir, vocab_size):
     """The tokenizer of pre-trained weights: the folder's own, or GPT-2's by name or (told) by size; else DataError."""
+    if meta := load_meta(name_or_dir):  # of a run, which lab.export wrote
+        return load_tokenizer(meta, name_or_dir)
     if has_tokenizer(name_or_dir):
         return HuggingFace(name_or_dir)
     if name_or_dir not in GPT2_NAMES:
@@ -111,6 +113,12 @@ def load(cfg):
             raise
         except (ValueError, OSError) as e:
             raise ConfigError(f"--init_from={cfg.init_from}: {e}") from e
+    checkpoint, meta, folder = open_run(cfg)
+    return GPT.from_checkpoint(checkpoint), load_tokenizer(meta, folder)
+
+
+def open_run(cfg):
+    """(checkpoint, meta of its data, folder of its data) of the run that cfg names: out_dir, checkpoint, data_dir."""
     path = Path(cfg.out_dir) / cfg.checkpoint if cfg.checkpoint else find_checkpoint(cfg.out_dir, best=True)
     checkpoint = load_checkpoint(path or Path(cfg.out_dir) / "ckpt.pt")
     trained = checkpoint.get("config", {})  # nanoGPT's has one too, but no meta
@@ -120,7 +128,7 @@ def load(cfg):
     meta = checkpoint.get("meta") or load_meta(folder)
     if not isinstance(meta, dict):
         raise CheckpointError(f"{path}: damaged, its meta is a {type(meta).__name__}")
-    return GPT.from_checkpoint(checkpoint), load_tokenizer(meta, folder)
+    return checkpoint, meta, folder
 
 
 def prompt(start):

@@ -49,7 +49,17 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import ROOT, ConfigError, check_values
-from data.corpus import GPT2, GPT2_NAMES, DataError, first_ids, has_tokenizer, load_tokenizer, same_tokenizer, visible
+from data.corpus import (
+    GPT2,
+    GPT2_NAMES,
+    DataError,
+    first_ids,
+    has_tokenizer,
+    load_meta,
+    load_tokenizer,
+    same_tokenizer,
+    visible,
+)
 from data.dataset import TRAIN, TRAIN_LOSS, VAL_LOSS, folder_of, open_dataset
 from data.files import replace_file
 from data.progress import tqdm
@@ -529,7 +539,10 @@ def model_of(init_from, dropout, data):
         if not isinstance(meta, dict) or not same_tokenizer(meta, data.meta):
             raise ConfigError(f"{other}, {meta.get('tokenizer', 'gpt2') if isinstance(meta, dict) else meta!r}")
         return GPT.from_checkpoint(checkpoint, **dropout)
-    if tokenizer != "gpt2" and (init_from in GPT2_NAMES or has_tokenizer(init_from)):
+    if meta := load_meta(init_from):  # of another run, which lab.export wrote
+        if not same_tokenizer(meta, data.meta):
+            raise ConfigError(f"{other}, {meta['tokenizer']}")
+    elif tokenizer != "gpt2" and (init_from in GPT2_NAMES or has_tokenizer(init_from)):
         raise ConfigError(f"{other}, gpt2")
     try:
         model = GPT.from_pretrained(init_from, **dropout)

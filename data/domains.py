@@ -117,9 +117,9 @@ def plays():
 
 
 def pins():
-    """{package: version} of constraints.txt, names as packaging normalises them."""
-    lines = (corpus.ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    found = (re.match(r"([\w.-]+)==([^;\s]+)", line) for line in lines)
+    """{package: version} of data/code/packages.txt, names as packaging normalises them."""
+    lines = (corpus.ROOT / "data/code/packages.txt").read_text(encoding="utf-8").splitlines()
+    found = (re.fullmatch(r"([\w.-]+)==(\S+)", line) for line in lines)
     return {normal(match[1]): match[2] for match in found if match}
 
 
@@ -128,7 +128,7 @@ def normal(name):
 
 
 def python_files():
-    """(texts, source, more) of the .py files of the installed packages that constraints.txt pins, at those versions."""
+    """(texts, source, more) of the .py files of the installed packages that data/code/packages.txt names."""
     wanted, packages, texts, skipped = pins(), {}, [], 0
     for package in importlib.metadata.distributions():
         name, version = normal(package.metadata["Name"]), package.version
@@ -142,7 +142,7 @@ def python_files():
                 except DataError:  # another encoding, which its first line declares
                     skipped += 1
     if not texts:
-        raise DataError("none of the packages in constraints.txt is installed at its version: make check")
+        raise DataError("none of the packages in data/code/packages.txt is installed at its version: make check")
     if skipped:
         print(f"{skipped} files are not UTF-8 and left out")
     return texts, f".py files of {len(packages)} pinned packages", {"packages": dict(sorted(packages.items()))}

@@ -192,6 +192,16 @@ def size_alone(card, name):
     return A * K**-alpha * (card["baselines"][name]["parameters"] ** -alpha - 1)
 
 
+def on_size(card):
+    """A sentence where parameters differ by more than 1 %; "" where they do not."""
+    if all(0.99 <= each["parameters"] <= 1.01 for each in card["baselines"].values()):
+        return ""
+    worth = {name: size_alone(card, name) for name in card["baselines"]}
+    told = ", ".join(f"{name} {loss:+.4f}" for name, loss in worth.items() if loss is not None)
+    law = f" By the baseline's law over sizes, that many parameters alone are worth {told}." if told else ""
+    return f"**Parameters differ by more than 1 %**: part of a difference may be due to size.{law}"
+
+
 def text_of(card):
     """The card in words."""
     said = verdicts(card)

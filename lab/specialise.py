@@ -47,7 +47,10 @@ class SpecialiseConfig:
 
 
 ROOTS = {"model.GPT", "model.GPT.forward", "model.GPT.generate", "model.GPT.configure_optimizers"}
-LEFT_OUT = {"configure_optimizers": "muon"}  # function: the argument that the written file does not have
+LEFT_OUT = {
+    "configure_optimizers": "muon",
+    "forward": "all_logits",
+}  # function: the argument that the written file does not have
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 RULE = "# " + 117 * "-"
 COMMENT, ABOVE = "§comment§", "§above§"  # statements that stand for comments until the text is written

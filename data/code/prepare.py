@@ -1,4 +1,4 @@
-"""Makes data/code: Python files of the installed packages that constraints.txt pins, as bytes, 40 MB at most."""
+"""Makes data/code: Python files of the installed packages that packages.txt names, as bytes, 40 MB at most."""
 
 import sys
 from pathlib import Path

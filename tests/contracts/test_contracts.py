@@ -96,6 +96,9 @@ def test_logits_do_not_depend_on_targets(case):
         one = model(idx, idx)[0]
         torch.manual_seed(0)
         assert torch.equal(one, model(idx, idx.flip(1))[0])
+    model.eval()
+    every, no_loss = model(idx, all_logits=True)
+    assert no_loss is None and torch.equal(every, model(idx, idx)[0])
 
 
 # 4, 5 ---------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ def commands():
     for path, text in texts.items():
         for match in PATTERN.finditer(text):
             command = re.split(r"\s+#\s|\s>\s", match[1] or match[2])[0]
-            found.setdefault(" ".join(command.split()), str(path.relative_to(ROOT)))
+            if not re.fullmatch(r"torchrun --\w+", command):  # one of torchrun's own flags is named
+                found.setdefault(" ".join(command.split()), str(path.relative_to(ROOT)))
     return found
 
 

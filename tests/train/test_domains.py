@@ -110,6 +110,7 @@ def test_pinned_packages_alone(tmp_path, monkeypatch, capsys):
         ),
         Package("numpy", "0.1", ["sample.py"]),
         Package("mine", "1.0", ["sample.py"]),
+        Package("lm_eval", "0.4.13", ["sample.py"]),  # pinned, but later than the corpus
     ]
     monkeypatch.setattr(domains.importlib.metadata, "distributions", lambda: there)
     texts, source, more = domains.python_files()

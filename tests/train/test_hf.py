@@ -12,7 +12,7 @@ import torch
 import sample
 import train
 from helpers import SHARED
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, write_gpt2
 
 pytestmark = pytest.mark.slow
 
@@ -185,10 +185,13 @@ def test_round_trip_of_the_config(tmp_path):
     assert GPT.from_pretrained(str(tmp_path), dropout=0.1).config == model.config
 
 
-def test_export_of_what_gpt2_lacks_is_refused(tmp_path):
+def test_what_gpt2_lacks_is_written_with_its_own_code(tmp_path):
+    model = random_model(pos_embedding="none")
     with pytest.raises(ValueError, match="pos_embedding"):
-        random_model(pos_embedding="none").export_hf(str(tmp_path / "x"))
-    assert not (tmp_path / "x").exists()
+        write_gpt2(model, tmp_path / "x")
+    model.export_hf(tmp_path)  # tests/lab/test_export.py: what it is worth
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "nanochimera" and config["flags"]["pos_embedding"] == "none"
 
 
 # -- train.py and sample.py ---------------------------------------------------------------------------------------
