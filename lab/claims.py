@@ -202,6 +202,14 @@ def on_size(card):
     return f"**Parameters differ by more than 1 %**: part of a difference may be due to size.{law}"
 
 
+def opened(card):
+    """Who looked at a test split, and when."""
+    return [
+        f"{domain} on {look['date']}, sha256 {look['sha256'][:12]}, {look['looks']} look(s) so far"
+        for domain, look in card["revealed"].items()
+    ]
+
+
 def text_of(card):
     """The card in words."""
     said = verdicts(card)
@@ -240,9 +248,7 @@ def text_of(card):
         )
         parts += ["Rates:\n\n" + "\n".join(lines), picture]
     parts += ["Repeated text: " + "; ".join(card["repeated"]) + "."] if card["repeated"] else []
-    looked = [f"{d} on {r['date']}, sha256 {r['sha256'][:12]}, {r['looks']} look(s) so far" for d, r in
-              card["revealed"].items()]  # fmt: skip
-    parts += ["Test splits opened: " + "; ".join(looked) + "."] if looked else []
+    parts += [f"Test splits opened: {'; '.join(opened(card))}."] if card["revealed"] else []
     parts += [f"Skills:\n\n```\n{card['skills'].strip()}\n```"] if card["skills"] else []
     parts += ["Left out: " + "; ".join(card["left_out"]) + "."] if card["left_out"] else []
     parts += [f"Contradicts: {card['contradicts']}"] if card["contradicts"] else []
