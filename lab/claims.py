@@ -202,6 +202,17 @@ def on_size(card):
     return f"**Parameters differ by more than 1 %**: part of a difference may be due to size.{law}"
 
 
+def how_tuned(card):
+    """Paragraphs on the rates, and their picture."""
+    if not (lines := tunings(card)):
+        return []
+    image = f"../img/tuning-{card['name']}.png"
+    return [
+        "Rates:\n\n" + "\n".join(lines),
+        f"![Loss over the learning rate of {card['name']} and its baselines]({image})",
+    ]
+
+
 def opened(card):
     """Who looked at a test split, and when."""
     return [
@@ -242,11 +253,7 @@ def text_of(card):
             markdown(lines),
             f"![Loss of {card['name']} and its baselines over tokens](../img/claim-{card['name']}.png)",
         ]
-    if lines := tunings(card):
-        picture = (
-            f"![Loss over the learning rate of {card['name']} and its baselines](../img/tuning-{card['name']}.png)"
-        )
-        parts += ["Rates:\n\n" + "\n".join(lines), picture]
+    parts += how_tuned(card)
     parts += ["Repeated text: " + "; ".join(card["repeated"]) + "."] if card["repeated"] else []
     parts += [f"Test splits opened: {'; '.join(opened(card))}."] if card["revealed"] else []
     parts += [f"Skills:\n\n```\n{card['skills'].strip()}\n```"] if card["skills"] else []
