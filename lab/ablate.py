@@ -14,9 +14,10 @@ runs to docs/results/NAME.jsonl (NAME: OUT_DIR without out-), which is committed
 settings counts as finished too, so that a comparison can be spread over days and machines. Another recipe, with commas
 between its files (--recipe=config/train_shakespeare_char_cpu.py,config/block_512.py), needs its own --out_dir.
 
-Records say what made them: the code of the row's model and of the training loop, data, machine, versions. --report
-refuses to compare records of different sources, or from before sources were recorded, unless --mix is given, which the
-tables then say.
+Records say what made them: the code of the row's model and of the training loop, data, machine, number format,
+versions. --report refuses to compare records of different sources or formats, or from before sources were recorded,
+unless --mix is given, which the tables then say. All runs of a comparison have one number format: that of the finished
+ones, else what train.py measures to be faster on the machine of the first.
 
 --tune trains each row at its own best learning rate: with seed 0 at the recipe's rate, at 1.5 times and at 1/1.5 of
 it, and further until a lower and a higher rate are worse than the best one; then with the other seeds at that one.
@@ -50,7 +51,7 @@ from lab import bench, identity, measure, pictures, stats
 from lab.page import page, write_between_marks
 from lab.pictures import COLOURS, LINES, TIGHT, png, pyplot
 from model import GPT, GPTConfig
-from train import TrainConfig
+from train import TrainConfig, dtype_name, pick_device, pick_dtype
 
 
 @dataclass
@@ -66,6 +67,7 @@ class AblateConfig:
     grid: str = ""  # a sweep, FLAG:VALUES;FLAG:...: each row with each combination of the values
     keep: Literal["one", "best", "last"] = "one"  # checkpoints: the best of seed 0 | every seed's best | last
     jobs: int = 1  # runs at a time; if more than one, with one thread each
+    dtype: str = "auto"  # number format of all runs; auto: that of the finished ones, else measured once
     out_dir: str = "out-ablation"  # where runs lie
     time: bool = False  # measure the steps of finished rows that were not measured yet, and train nothing
     report: bool = False  # write the results of finished runs, and train nothing
@@ -310,11 +312,17 @@ def learning_rates(cfg, recipe):
     return numbers("learning_rates", cfg.learning_rates) or [own]
 
 
-def resolve(words):
-    """Every setting that `words` give; None if they are wrong, which train.py itself will report."""
+def resolve_all(words):
+    """What configurator.read makes of them; None if they are wrong, which train.py itself will report."""
     try:
-        settings = configurator.read(words, TrainConfig, GPTConfig)
+        return configurator.read(words, TrainConfig, GPTConfig)
     except ConfigError:
+        return None
+
+
+def resolve(words):
+    """Every setting that `words` give; None if they are wrong."""
+    if (settings := resolve_all(words)) is None:
         return None
     given = settings.given - {"out_dir", "init_from"}
     return json.loads(json.dumps({name: settings.values[name] for name in sorted(given)}))
@@ -373,12 +381,43 @@ def start(cfg, run):
         run.asked["source"] = source_of(run.asked["flags"])
         replace_file(run.folder / "ablate.json", (json.dumps(run.asked, indent=2) + "\n").encode())
         how = "auto" if before == run.asked["source"] else "scratch"  # not half by one code, half by another
-        words = [*run.asked["flags"], f"--out_dir={run.folder}", f"--init_from={how}"]
+        words = [*run.asked["flags"], *format_flag(cfg, run), f"--out_dir={run.folder}", f"--init_from={how}"]
         run.began = time.monotonic()
         return Popen(
             [sys.executable, str(ROOT / "train.py"), *words], stdin=DEVNULL, stdout=log, stderr=log,
             env=os.environ | ({"OMP_NUM_THREADS": "1"} if cfg.jobs > 1 else {}), pass_fds=(lock.fileno(),),
         )  # fmt: skip
+
+
+def format_flag(cfg, run):
+    """--dtype of the whole comparison, where the run's own flags name none."""
+    own = run.asked["settings"] or {}
+    return [] if own.get("dtype", "auto") != "auto" else [f"--dtype={cfg.dtype}"]
+
+
+def pick_format(cfg, rows):
+    """Set cfg.dtype: what "auto" finds on another machine, or at another moment, may be another format."""
+    if cfg.dtype != "auto":
+        return
+    found = Counter(run.facts.get("dtype") for run in find_runs(cfg) if run.is_done)
+    found.pop(None, None)  # records from before formats were kept
+    if found:
+        cfg.dtype, why = found.most_common(1)[0][0], f"that of {found.most_common(1)[0][1]} finished runs"
+    else:
+        cfg.dtype, why = measured_format(cfg, rows)
+    print(f"number format of all runs: {cfg.dtype}, {why}", flush=True)
+
+
+def measured_format(cfg, rows):
+    """(dtype, reason) that train.py would take here for the first row."""
+    settings = resolve_all(command(cfg, next(iter(rows.values())), 1.0, 0))
+    if settings is None:
+        return "auto", "since the first row is wrong"
+    device = pick_device(settings.values["device"])[0]
+    model = GPT(settings.build(GPTConfig))
+    tokens = settings.values["batch_size"] * model.config.block_size
+    dtype, why = pick_dtype(settings.values["dtype"], device, model, tokens)
+    return dtype_name(dtype), why
 
 
 def finish(cfg, run, status):
@@ -516,6 +555,7 @@ def is_worse(losses, best):
 
 def train_rows(cfg, rows):
     """Train all that was asked for; True if nothing failed."""
+    pick_format(cfg, rows)
     if cfg.tune:
         wanted = list(tune(cfg, rows).items())
     else:

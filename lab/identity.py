@@ -9,6 +9,7 @@ that of model.py and kernels/, and `of` says so.
 import ast
 import hashlib
 import inspect
+from collections import Counter
 from functools import cache
 
 import model
@@ -88,7 +89,7 @@ def of_run(run):
 
 
 def mixtures(runs):
-    """What keeps finished runs from being compared, as sentences: rows of several models, several loops or data."""
+    """What keeps finished runs from being compared, as sentences: several models of a row, loops, data or formats."""
     found = [(run.row, *of_run(run)) for run in runs if run.is_done]
     models = {row: {each[1] for each in found if each[0] == row} for row in {each[0] for each in found}}
     several = sorted(row for row, hashes in models.items() if len(hashes) > 1)
@@ -96,6 +97,9 @@ def mixtures(runs):
     for what, column in (("training loop", 2), ("data set", 3)):
         hashes = {each[column] for each in found}
         told += [f"records of {len(hashes)} versions of the {what}"] if len(hashes) > 1 else []
+    formats = Counter(run.facts.get("dtype", UNKNOWN) for run in runs if run.is_done)
+    if len(formats) > 1:
+        told.append("number formats " + ", ".join(f"{name} ({n})" for name, n in formats.most_common()))
     unknown = sum(UNKNOWN in each[1:] for each in found)
     return told + ([f"{unknown} of {len(found)} records do not say what made them"] if unknown else [])
 

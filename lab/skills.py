@@ -163,6 +163,7 @@ def train(cfg, rows):
     skills = {task: skill_of(cfg, task) for task in cfg.chosen}
     homes = {task: folders(cfg, task, skill) for task, skill in skills.items()}
     pool, first = homes[cfg.chosen[0]], {}
+    ablate.pick_format(pool, rows)  # one number format for all
     for task, skill in skills.items():
         for row, config in rows.items():
             first[task, row] = [ablate.prepare(homes[task], config, row, lr, 0) for lr in skill.rates]

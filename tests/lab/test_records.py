@@ -1,18 +1,22 @@
 """Records say what made them, and the report refuses each broken rule; its corrections are compared with scipy's."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from configurator import ConfigError
+from helpers import ROOT
 from lab import ablate, identity, rungs
 from lab.ablate import AblateConfig, difference, family, smallest_effect
 from model import GPTConfig
 
 
-def record(row, seed, loss, lr=1e-3, model="m", loop="l", data="d"):
+def record(row, seed, loss, lr=1e-3, model="m", loop="l", data="d", dtype="float32"):
     """A committed record; model=None: one from before sources were recorded."""
     source = None if model is None else {"model": model, "of": "its specialised file", "loop": loop}
     asked = {"row": row, "learning_rate": lr, "seed": seed, "recipe": ["config/train_shakespeare_char_cpu.py"],
@@ -24,6 +28,7 @@ def record(row, seed, loss, lr=1e-3, model="m", loop="l", data="d"):
         "parameters": 100,
         "git_commit": "abc",
         "machine": machine,
+        "dtype": dtype,
     }
     facts |= {} if data is None else {"data_id": data}
     return {"asked": asked, "facts": facts, "evaluations": [{"iter": 4, "val_loss": loss, "tokens": 1}],
@@ -53,6 +58,7 @@ IDEA = [record("idea", seed, 1.9 + 0.012 * seed, model="other") for seed in rang
     (IDEA[:2] + [record("idea", 2, 1.9, model="other", loop="changed")], "2 versions of the training loop"),
     ([record("idea", seed, 1.9, loop="another") for seed in range(3)], "2 versions of the training loop"),
     ([record("idea", 0, 1.9, data="another")], "2 versions of the data set"),
+    ([record("idea", 0, 1.9, dtype="bfloat16")], r"number formats float32 \(3\), bfloat16 \(1\)"),
     ([record("idea", 0, 1.9, model=None, data=None)], "1 of 4 records do not say what made them"),
 ])  # fmt: skip
 def test_other_sources_are_not_compared(records, told, comparison):
@@ -61,7 +67,23 @@ def test_other_sources_are_not_compared(records, told, comparison):
         ablate.describe(cfg, runs)
     cfg, runs = comparison(BASE + records, mix=True)
     text = ablate.describe(cfg, runs)
-    assert told in text and "**Mixed sources**" in text
+    assert re.search(told, text) and "**Mixed sources**" in text
+
+
+def test_a_comparison_has_one_number_format(comparison, monkeypatch, capsys):
+    """That of the finished runs; measured where there are none; and a row that names its own keeps it."""
+    cfg, _ = comparison([*BASE, record("idea", 0, 1.9, dtype="bfloat16"), record("old", 0, 1.9, dtype=None)])
+    ablate.pick_format(cfg, {})
+    assert cfg.dtype == "float32" and "float32, that of 3 finished runs" in capsys.readouterr().out
+    cfg, _ = comparison([])
+    monkeypatch.setattr(ablate, "pick_dtype", lambda *given: (torch.bfloat16, f"for {given[0]}, {given[3]} tokens"))
+    monkeypatch.chdir(ROOT)
+    ablate.pick_format(cfg, {"idea": "config/ablation/relu2.py"})
+    assert "bfloat16, for auto, 768 tokens" in capsys.readouterr().out
+    run = SimpleNamespace(asked={"settings": {}})
+    assert ablate.format_flag(cfg, run) == ["--dtype=bfloat16"]
+    run.asked["settings"] = {"dtype": "float32"}
+    assert ablate.format_flag(cfg, run) == []
 
 
 def test_rows_of_other_models_are_what_a_comparison_is_for(comparison):
