@@ -151,12 +151,12 @@ def read_json(path):
 
 
 class Run:
-    """What is in the folder OUT_DIR/ROW/lrX-seedY, or in a record of it."""
+    """What is in OUT_DIR/ROW/lrX-seedY, or in a record of it; lrX-seedY-FORMAT: the same in another number format."""
 
     def __init__(self, folder):
         self.folder, self.row = Path(folder), Path(folder).parent.name
         lr, seed = Path(folder).name.removeprefix("lr").split("-seed")
-        self.lr, self.seed = float(lr), int(seed)
+        self.lr, self.seed = float(lr), int(seed.partition("-")[0])
         self.began = None  # when this process began to train it
         self.read()
 
@@ -174,6 +174,14 @@ class Run:
 
     def __str__(self):
         return f"{self.row} lr {self.lr:g} seed {self.seed}"
+
+    @property
+    def pair(self):
+        """What pairs it with a run of another row: the seed, and the number format, which shifts a loss as a seed does.
+
+        Records without a format are from when bfloat16 was what "auto" took.
+        """
+        return self.seed, self.facts.get("dtype") or "bfloat16"
 
     def record(self):
         """A line for the records: what was asked, what was built, what came out."""
@@ -246,21 +254,25 @@ def folder_of(cfg, row, lr, seed):
 
 
 def read_records(cfg):
-    """{folder: record} of the committed runs."""
+    """{folder: record} of the committed runs; the second of two number formats has its own folder."""
     if not cfg.records.exists():
         return {}
-    records = map(json.loads, cfg.records.read_text(encoding="utf-8").splitlines())
-    return {folder_of(cfg, *(r["asked"][k] for k in ("row", "learning_rate", "seed"))): r for r in records}
+    found = {}
+    for record in map(json.loads, cfg.records.read_text(encoding="utf-8").splitlines()):
+        folder = folder_of(cfg, *(record["asked"][k] for k in ("row", "learning_rate", "seed")))
+        own = folder.with_name(f"{folder.name}-{record['facts'].get('dtype')}")
+        found[own if folder in found else folder] = record
+    return found
 
 
 def find_runs(cfg):
     """All runs in out_dir, and those of the records that are not finished there, by row, learning rate and seed."""
-    folders = [p for p in Path(cfg.out_dir).glob("*/lr*-seed*") if re.fullmatch(r"lr[\d.e+-]+-seed\d+", p.name)]
+    folders = [p for p in Path(cfg.out_dir).glob("*/lr*-seed*") if re.fullmatch(r"lr[\d.e+-]+-seed\d+(-\w+)?", p.name)]
     runs = {run.folder: run for run in map(Run, folders)}
     for folder, record in read_records(cfg).items():
         if folder not in runs or not runs[folder].is_done:
             runs[folder] = Run(folder).recall(record)
-    return sorted(runs.values(), key=lambda run: (run.row, run.lr, run.seed))
+    return sorted(runs.values(), key=lambda run: (run.row, run.lr, run.seed, run.folder.name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -534,7 +546,7 @@ def best_rates(runs):
     tried = {}
     for run in runs:
         if run.is_done:
-            tried.setdefault(run.row, {}).setdefault(run.lr, {})[run.seed] = run.loss
+            tried.setdefault(run.row, {}).setdefault(run.lr, {})[run.pair] = run.loss
     if all(len(rates) == 1 for rates in tried.values()):
         return {}
     found = {}
@@ -608,8 +620,8 @@ class Difference:
 
 
 def difference(losses, base):
-    """{seed: loss} minus {seed: loss}: paired over common seeds if there are two or more, else Welch's, else without an
-    interval."""
+    """{pair: loss} minus {pair: loss}: paired over common seeds if there are two or more, else Welch's, else without an
+    interval. pair: a seed, or what else two runs share."""
     common = sorted(losses.keys() & base.keys())
     if len(common) >= 2:
         found = stats.paired([losses[seed] for seed in common], [base[seed] for seed in common])
@@ -691,8 +703,8 @@ def flops(model_args):
 
 def gaps_of(rows):
     """{row: Difference to the baseline} of a column; {} without a baseline."""
-    base = {run.seed: run.loss for run in rows.get(BASELINE, [])}
-    others = {row: {run.seed: run.loss for run in runs} for row, runs in rows.items() if row != BASELINE}
+    base = {run.pair: run.loss for run in rows.get(BASELINE, [])}
+    others = {row: {run.pair: run.loss for run in runs} for row, runs in rows.items() if row != BASELINE}
     return {row: difference(losses, base) for row, losses in others.items()} if base else {}
 
 
@@ -714,7 +726,8 @@ def quality(rows, found=None):
         for name in ("holm", "bh"):
             cells[CORRECTIONS[name]] = (f"{corrected[name]:.3f}", corrected[name]) if corrected else ("", None)
         cells["bits per byte"] = (f"{statistics.fmean(bpb):.4f}", statistics.fmean(bpb)) if bpb else ("", None)
-        cells["seeds"] = (str(len(runs)), len(runs))
+        seeds = len({run.seed for run in runs})
+        cells["seeds"] = (str(seeds), seeds)
         table.append(cells)
     return sorted(table, key=lambda cells: cells["val loss"][1])
 
@@ -769,14 +782,14 @@ def median_of(runs, name):
 
 def at_the_baselines_time(rows, timings):
     """The table of losses after the time that the baseline trained, and of the difference to its end."""
-    end = {run.seed: run.loss for run in rows[BASELINE]}
+    end = {run.pair: run.loss for run in rows[BASELINE]}
     table = []
     for row, runs in rows.items():
         if not is_timed(row, timings):
             continue
         speed = 1.0 if row == BASELINE else speed_of(row, rows, timings)[1]
         steps = speed * runs[0].facts["config"]["max_iters"]
-        losses = {run.seed: run.loss_at(steps) for run in runs if speed >= 1 or run.has_curve}
+        losses = {run.pair: run.loss_at(steps) for run in runs if speed >= 1 or run.has_curve}
         if losses:
             gap = difference(losses, end) if row != BASELINE else None
             table.append({

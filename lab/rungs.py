@@ -85,7 +85,7 @@ def open_rows(docs, out_dir):
 
 
 def losses(runs):
-    return {run.seed: run.loss for run in runs}
+    return {run.pair: run.loss for run in runs}
 
 
 def differences(rungs):
@@ -182,7 +182,7 @@ def describe(rungs):
     parts = []
     for rung, rows in rungs.items():
         runs = rows[BASELINE]
-        mean, n = statistics.fmean(losses(runs).values()), len(runs)
+        mean, n = statistics.fmean(losses(runs).values()), len({run.seed for run in runs})
         parts.append(f"{rung} {mean:.3f} ({n} seed{'s' * (n > 1)}, learning rate {runs[0].lr:g})")
     return (
         "Loss of the rungs without any idea, in nats: "

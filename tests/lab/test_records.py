@@ -92,6 +92,23 @@ def test_rows_of_other_models_are_what_a_comparison_is_for(comparison):
     assert "Mixed" not in text and "machine a CPU, 2 cores, 1 thread(s), 1 run(s)" in text
 
 
+def test_pairs_are_of_one_number_format(comparison):
+    """Both formats of a baseline are kept; a run is paired with the baseline's run of its seed and its format."""
+    base = [record("baseline", s, 2.0 + 0.01 * s, dtype=d) for s in range(3) for d in ("bfloat16", "float32")]
+    base[1]["evaluations"][0]["val_loss"] = 2.5  # seed 0 in float32
+    idea = [record("idea", s, 1.9 + 0.012 * s, dtype="bfloat16") for s in range(3)]
+    cfg, runs = comparison(base + idea, mix=True)
+    assert len(runs) == 9 and sum(run.folder.name.endswith("-float32") for run in runs) == 3
+    rows = ablate.columns_of(cfg, runs)["lr 0.001"]
+    gap = ablate.gaps_of(rows)["idea"]
+    assert gap.kind == "paired" and gap.n == 3 and gap.mean == pytest.approx(-0.098)  # nothing of 2.5
+    cells = next(cells for cells in ablate.quality(rows) if cells["row"][0] == "baseline")
+    assert cells["seeds"][1] == 3
+    cfg.records.write_text("".join(json.dumps(run.record()) + "\n" for run in runs))
+    again = ablate.find_runs(cfg)
+    assert [(run.folder, run.loss) for run in again] == [(run.folder, run.loss) for run in runs]
+
+
 def test_rungs_refuse_them_too(comparison):
     _, runs = comparison([record("baseline", 0, 2.0, model=None)])
     rows = {"M0": {"baseline": runs}}
