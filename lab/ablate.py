@@ -546,11 +546,12 @@ def best_rates(runs):
     tried = {}
     for run in runs:
         if run.is_done:
-            tried.setdefault(run.row, {}).setdefault(run.lr, {})[run.pair] = run.loss
+            tried.setdefault(run.row, {}).setdefault(run.lr, {}).setdefault(run.seed, []).append(run.loss)
     if all(len(rates) == 1 for rates in tried.values()):
         return {}
     found = {}
     for row, rates in tried.items():
+        rates = {lr: {seed: statistics.fmean(each) for seed, each in seeds.items()} for lr, seeds in rates.items()}
         most = max(map(len, rates.values()))
         losses = {lr: statistics.fmean(each.values()) for lr, each in rates.items()}
         best = min((lr for lr in rates if len(rates[lr]) == most), key=losses.get)

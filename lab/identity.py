@@ -91,11 +91,11 @@ def of_run(run):
 def mixtures(runs):
     """What keeps finished runs from being compared, as sentences: several models of a row, loops, data or formats."""
     found = [(run.row, *of_run(run)) for run in runs if run.is_done]
-    models = {row: {each[1] for each in found if each[0] == row} for row in {each[0] for each in found}}
+    models = {row: {each[1] for each in found if each[0] == row} - {UNKNOWN} for row in {each[0] for each in found}}
     several = sorted(row for row, hashes in models.items() if len(hashes) > 1)
     told = [f"records of several sources under one name: {', '.join(several)}"] if several else []
     for what, column in (("training loop", 2), ("data set", 3)):
-        hashes = {each[column] for each in found}
+        hashes = {each[column] for each in found} - {UNKNOWN}
         told += [f"records of {len(hashes)} versions of the {what}"] if len(hashes) > 1 else []
     formats = Counter(run.facts.get("dtype", UNKNOWN) for run in runs if run.is_done)
     if len(formats) > 1:

@@ -136,6 +136,15 @@ def test_tuned_is_said_of_bracketed_rates_alone(comparison):
     assert "*unbracketed*" in remark and "No row has the three seeds" in remark
 
 
+def test_a_bracket_may_be_of_two_number_formats(comparison):
+    """A rate in one format is worse than the best one in another, and both formats of a seed count as one seed."""
+    rates = {0.5e-3: (2.1, "float32"), 1e-3: (2.0, "bfloat16"), 2e-3: (2.2, "float32")}
+    records = [record("idea", 0, loss, lr, dtype=dtype) for lr, (loss, dtype) in rates.items()]
+    _, runs = comparison([*records, record("idea", 0, 2.02, dtype="float32")])
+    (found,) = ablate.best_rates(runs).values()
+    assert found["is_bracketed"] and found["lr"] == 1e-3 and found["losses"][1e-3] == pytest.approx(2.01)
+
+
 def test_corrections_of_a_table_are_those_of_its_family():
     rng = np.random.default_rng(0)
     base = dict(enumerate(rng.normal(2, 0.01, 5)))
