@@ -83,7 +83,8 @@ def config_of(model, special):
 
 
 def is_tied(model):
-    return model.lm_head is not None and model.lm_head.weight is model.transformer.wte.weight
+    table = getattr(model.transformer.wte, "weight", None)  # sparse codes have none
+    return model.lm_head is not None and model.lm_head.weight is table
 
 
 def weights_of(model):

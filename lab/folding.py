@@ -1206,7 +1206,7 @@ def drop_attributes(facts, found):
 
 
 def is_idle(member, facts, cls, found):
-    """Whether a method does nothing any more and can go: what calls it finds it by `having`."""
+    """Whether a method does nothing any more and can go: what calls it finds it by `having`, and not as self.NAME."""
     if not isinstance(member, ast.FunctionDef) or any(member.name in facts.methods[c] for c in facts.bases(cls)[1:]):
         return False
     body = without_doc(member.body)
@@ -1215,7 +1215,8 @@ def is_idle(member, facts, cls, found):
             is_super_init(s) and ast.unparse(s)[-2:] == "()" or isinstance(s, ast.Pass) for s in body
         )
     is_empty = all(isinstance(s, ast.Pass) for s in body)
-    is_called = is_named(member.name, found, facts.related(cls)) and "?" + member.name not in found
+    of_self = any(f"{c}|{member.name}" in found for c in facts.related(cls))
+    is_called = of_self or "." + member.name in found and "?" + member.name not in found
     return is_empty and not is_framework(member.name) and not is_called
 
 

@@ -210,15 +210,18 @@ def test_the_smoke_test_has_them(copy):
 
 
 @pytest.mark.parametrize("flags", ['mlp_act="snake"', 'attn_mode="ema"', "use_cosine_head=True"])
-def test_gpt2_does_not_have_them(copy, flags):
+def test_hugging_face_gets_them_with_their_code(copy, flags):
+    """GPT-2 does not have them: the exported folder brings the folded model, and that has."""
     pytest.importorskip("transformers")
     code = (
         "from model import GPT, GPTConfig\n"
-        f"model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=9, {flags}))\n"
-        "try:\n    model.export_hf('out')\n"
-        "except ValueError as e:\n    print(e)\n"
+        f"model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=9, block_size=8, {flags}))\n"
+        "model.export_hf('out')\n"
+        "print(type(GPT.from_pretrained('out').config), open('out/config.json').read())\n"
     )
-    assert f"GPT-2 has no {flags.partition('=')[0]}" in run(copy, "-c", code)
+    out, name = run(copy, "-c", code), flags.partition("=")[0]
+    assert f'"{name}"' in out and "modeling_nanochimera" in out
+    assert (copy / "out" / "modeling_nanochimera.py").exists()
 
 
 @pytest.mark.parametrize("flags, words", [
