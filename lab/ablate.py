@@ -426,7 +426,10 @@ def measured_format(cfg, rows):
     if settings is None:
         return "auto", "since the first row is wrong"
     device = pick_device(settings.values["device"])[0]
-    model = GPT(settings.build(GPTConfig))
+    try:
+        model = GPT(settings.build(GPTConfig))
+    except ConfigError:
+        return "auto", "since the first row is refused"
     tokens = settings.values["batch_size"] * model.config.block_size
     dtype, why = pick_dtype(settings.values["dtype"], device, model, tokens)
     return dtype_name(dtype), why
