@@ -347,7 +347,8 @@ class GPTConfig:
 RANGES = {  # flags: the interval of their values; nan lies in none
     "block_size vocab_size n_layer n_head n_embd": "[1, inf)",
     "dropout bio_threshold region_prior_decay htm_meta_decay": "[0, 1)",
-    "init_gain logit_softcap short_conv n_kv_head geodesic_weight adjacent_possible": "[0, inf)",
+    "init_gain": "[0, 1000]",
+    "logit_softcap short_conv n_kv_head geodesic_weight adjacent_possible": "[0, inf)",
     "bio_omega": "(-inf, inf)",
     "bio_compartments bio_dendrite_dim": "[0, inf)",
     "bio_target_sparsity": "(0, 1)",

@@ -69,7 +69,7 @@ class NanoChimeraForCausalLM(PreTrainedModel, GenerationMixin):
         model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if found["missing_keys"] or found["unexpected_keys"]:
             raise ValueError(f"the weights are not those of the flags in config.json: {found}")
-        saved, fresh = model.gpt.state_dict(), dict(GPT().named_buffers())
+        saved, fresh = model.gpt.state_dict(), dict(GPT().named_buffers(remove_duplicate=False))
         for name, buffer in model.gpt.named_buffers():
             if name not in saved:  # computed from the flags; transformers leaves arbitrary numbers there
                 buffer.copy_(fresh[name])
