@@ -888,7 +888,8 @@ class Trainer:
 
         Stopped, in all of them at once, if a stop was asked for in any.
         """
-        nothing = torch.zeros(1, self.config.block_size, dtype=torch.int64, device=self.world.device)
+        shape = self.cfg.batch_size, self.config.block_size
+        nothing = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
         for batch in chain(batches, repeat(None)):
             is_asked = self.stop is not None and self.stop.requested
             left, stopped = self.world.sum([float(batch is not None), float(is_asked)])
