@@ -217,6 +217,11 @@ def ranks():
         raise ConfigError(f"{told}: expected whole numbers; start with torchrun") from None
     if not (0 <= rank < size and local >= 0):
         raise ConfigError(f"{told}: RANK must be 0 to WORLD_SIZE - 1; start with torchrun")
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # pytorch/pytorch issue 135712
+        told = f"--max_restarts={restarts}: processes that are started again may wait for ever for those before them"
+        needed = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --standalone or --rdzv_backend=c10d"
+        raise ConfigError(f"{told}; start torchrun with {needed}")
     return rank, size
 
 
@@ -901,7 +906,8 @@ class Trainer:
 
         Stopped, in all of them at once, if a stop was asked for in any.
         """
-        nothing = torch.zeros(1, self.config.block_size, dtype=torch.int64, device=self.world.device)
+        shape = self.cfg.batch_size, self.config.block_size
+        nothing = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
         for batch in chain(batches, repeat(None)):
             is_asked = self.stop is not None and self.stop.requested
             left, stopped = self.world.sum([float(batch is not None), float(is_asked)])

@@ -86,10 +86,10 @@ def test_a_run_of_two_processes_equals_one(given, together, shakespeare, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_with_activation_checkpointing_and_compiled(parallel, together, shakespeare, tmp_path):  # noqa: F811
-    """Ten layers: blocks share their compiled code, of which torch.compile keeps eight versions."""
-    given = SHARED | {"n_layer": 10, "max_iters": 2, "eval_interval": 2, "parallel": parallel}
+@pytest.mark.parametrize("parallel, n_layer", [("ddp", 2), ("fsdp", 10)])
+def test_with_activation_checkpointing_and_compiled(parallel, n_layer, together, shakespeare, tmp_path):  # noqa: F811
+    """Ten layers: under fsdp blocks share their compiled code, of which torch.compile keeps eight versions."""
+    given = SHARED | {"n_layer": n_layer, "max_iters": 2, "eval_interval": 2, "parallel": parallel}
     assert run_alone(*flags(shakespeare, tmp_path / "one", **given)) == 0
     together(*flags(shakespeare, tmp_path / "two", **given, activation_checkpointing=True))
     assert_close(tmp_path / "two", tmp_path / "one")
@@ -166,15 +166,24 @@ def test_a_process_that_is_killed_is_started_again(shakespeare, tmp_path):
     words = flags(shakespeare, tmp_path, **SHARED | {"max_iters": 200, "eval_interval": 10, "init_from": "auto"})
     command = [*TORCHRUN, "--max_restarts=2", ROOT / "train.py", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, **pipes, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    process = subprocess.Popen(command, **pipes, env=os.environ | {"OMP_NUM_THREADS": "1"} | fresh)
     try:
         by_rank = wait_for_checkpoint(process, tmp_path)
         os.kill(by_rank[1], signal.SIGKILL)
-        stdout, _ = process.communicate(timeout=600)
+        stdout, _ = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 0, stdout
     assert load_checkpoint(tmp_path / "ckpt_last.pt")["iter_num"] == 200 == len(losses(tmp_path))
+
+
+@pytest.mark.slow
+def test_restarts_that_may_hang_are_refused(shakespeare, tmp_path):
+    command = [*TORCHRUN, "--max_restarts=1", ROOT / "train.py", *flags(shakespeare, tmp_path, **SHARED)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and "error: --max_restarts=1" in done.stderr
+    assert "start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in done.stderr
 
 
 def wait_for_checkpoint(process, out):
