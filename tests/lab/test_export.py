@@ -50,6 +50,8 @@ def own_modules(tmp_path, monkeypatch):
     """transformers copies the code that it runs to a folder: here, to one of the test's own."""
     from transformers import dynamic_module_utils
 
+    with torch.device("cpu"):  # torch caches its constructors at the first such call; while transformers loads a model,
+        torch.zeros(0)  # linspace is one of transformers' own, and cached then, torch.device("meta") would miss torch's
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     yield
