@@ -615,6 +615,8 @@ def main(argv=None):
         name = Path(cfg.out).stem if cfg.out else "specialised"
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise ConfigError(f"--out={cfg.out}: {name!r} cannot be imported: letters, digits and _")
+        if not Path(cfg.out).parent.is_dir():
+            raise ConfigError(f"--out={cfg.out}: there is no folder {Path(cfg.out).parent}")
         written = text(config, cfg.kernels, name)
         if cfg.out:
             Path(cfg.out).write_text(written, encoding="utf-8")

@@ -4,6 +4,7 @@ import difflib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,10 +16,11 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
 import pytest
 from hypothesis import settings
 
-pytest.register_assert_rewrite("helpers")
+pytest.register_assert_rewrite("helpers", "jobs")
 
 from data.corpus import build_tokenizer, write_dataset  # noqa: E402
-from helpers import LINES, PATIENCE, ROOT, flags, run_here  # noqa: E402
+from helpers import DRIVER, LINES, PATIENCE, ROOT, flags, run_here  # noqa: E402
+from jobs import TORCHRUN, finish, workers  # noqa: E402
 from smoke_test import VARIANTS  # noqa: E402
 
 # CI runs the same examples every time; at a desk, new ones are tried
@@ -45,6 +47,12 @@ def pytest_configure(config):
         if name not in VARIANTS:
             near = difflib.get_close_matches(name, VARIANTS, 5, 0.4)
             raise pytest.UsageError(f"--variant: no {name!r} in smoke_test.py; near it: {', '.join(near) or 'nothing'}")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`make check` does not import a file whose tests are all slow: transformers and lm-eval alone take seconds."""
+    if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
+        return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text(encoding="utf-8") or None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -100,5 +108,36 @@ def cli():
             capture_output=True, timeout=timeout, cwd=cwd, **text, **stdin,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | (env or {}),
         )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def start():
+    """start(*words, script=train.py): two processes under torchrun. What a failed test leaves running is ended."""
+    jobs = []
+
+    def run(*words, script=ROOT / "train.py", **env):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        jobs.append(subprocess.Popen([*TORCHRUN, script, *words], **pipes, env=env))
+        return jobs[-1]
+
+    yield run
+    for job in jobs:
+        if job.poll() is None:
+            for pid in [*workers(job), job.pid]:
+                os.kill(pid, signal.SIGKILL)
+            job.wait()
+
+
+@pytest.fixture
+def together(start):
+    """together(*words): what a run of two processes in float64 prints, which must end well."""
+
+    def run(*words):
+        status, stdout, stderr = finish(start(*words, script=DRIVER, FLOAT64="1"))
+        assert status == 0, stderr
+        return stdout
 
     return run

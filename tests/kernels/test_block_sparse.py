@@ -167,6 +167,7 @@ def test_queries_without_keys_give_zeros(activation, biased):
         assert (results[4][~route.allowed] == 0).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 60), st.integers(0, 2**32))
 def test_splitting_cells_changes_nothing(T, seed):

@@ -78,6 +78,7 @@ def test_limit_cycle(imex):
     assert (v.min(), v.max()) == pytest.approx((-1.970, 1.852), abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imex", [True, False])
 def test_first_order_towards_scipy(imex):
     exact = solve_ivp(field, (0, 8), (-1.0, -0.5), method="DOP853", rtol=1e-12, atol=1e-12, args=(0.5,)).y[:, -1]
@@ -92,6 +93,7 @@ def test_first_order_towards_scipy(imex):
 # The chain ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imex", [True, False])
 def test_chain_against_scipy(imex):
     T, coupling, I = 5, 1.5, 0.4
@@ -130,6 +132,7 @@ def test_one_way_front_passes_iff_the_coupling_exceeds_a_quarter_of_the_threshol
     assert front(nagumo, 1.3 * threshold**2 / 4, 1200, imex=imex) == 4
 
 
+@pytest.mark.slow
 def test_two_way_front_speed():
     """sqrt(D / 2) (1 - 2a) of the continuum, D large enough that sites are dense in the front."""
     D, threshold = 40.0, 0.25

@@ -173,7 +173,7 @@ def test_compiles_without_spills():
 
 
 @both
-@pytest.mark.parametrize("N", [1, 3])
+@pytest.mark.parametrize("N", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_carry_backward_by_hand(kind, N):
     (decay, K, W, U, S), _ = carried(kind, 4, 3, 5, N)
     inputs = [x.double().requires_grad_() for x in (decay, K, W, U, S) if x is not None]

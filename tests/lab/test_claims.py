@@ -88,6 +88,7 @@ def test_holms_family_is_all_cards():
     )
 
 
+@pytest.mark.slow
 def test_a_card_is_written_and_what_was_added_by_hand_stays(tmp_path):
     first = card(drama=(gap("x", -0.02), gap("x", -0.01)))
     path = claims.write(tmp_path, first)

@@ -16,11 +16,11 @@ from smoke_test import VARIANTS
 
 lm_eval = pytest.importorskip("lm_eval")
 transformers = pytest.importorskip("transformers")
-
-from lm_eval.api.instance import Instance  # noqa: E402
-
-from data.fast_tokenizers import write_tokenizer  # noqa: E402
-from lab.harness import NanoChimeraLM, copied, sampling_of  # noqa: E402
+harness = pytest.importorskip("lab.harness")
+Instance = pytest.importorskip("lm_eval.api.instance").Instance
+NanoChimeraLM, copied, sampling_of = harness.NanoChimeraLM, harness.copied, harness.sampling_of
+write_tokenizer = pytest.importorskip("data.fast_tokenizers").write_tokenizer
+pytestmark = pytest.mark.slow
 
 TEXT = "".join(LINES)
 QUESTIONS = [
@@ -110,10 +110,7 @@ def by_hand(model, tokenizer, context, continuation):
     return sum(rows[i, t].item() for i, t in enumerate(wanted)), all(rows.argmax(-1) == wanted) if n else True
 
 
-ROWS = ["baseline", "mfs_l4_regions"]
-ROWS += [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("short_conv_waves", "bio_adaptive", "sdr", "dfa_grape")
-]
+ROWS = ["baseline", "mfs_l4_regions", "short_conv_waves", "bio_adaptive", "sdr", "dfa_grape"]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -216,7 +213,6 @@ def own(words):
     evaluate.main([*map(str, words), "--device=cpu"])
 
 
-@pytest.mark.slow
 def test_the_same_figures_as_the_harness_has_for_gpt2(gpt2_folder, tasks, tmp_path, capsys):
     from lm_eval.tasks import TaskManager
 
@@ -287,7 +283,7 @@ def test_a_run_beside_its_results(trained, tasks, tmp_path, capsys):
     "words, told",
     [
         ("", "nothing to evaluate"),
-        pytest.param("--tasks=no_such_task", "no task or group 'no_such_task'", marks=pytest.mark.slow),
+        ("--tasks=no_such_task", "no task or group 'no_such_task'"),
         ("--tasks=own_choose --include_path=nowhere", "is no folder"),
         ("--bits_per_byte=nowhere.txt", "no such file"),
         ("--bits_per_byte={folder}/foreign.txt", "cannot be read by this model's tokenizer"),

@@ -20,8 +20,8 @@ from smoke_test import VARIANTS, build
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
-
-from data.fast_tokenizers import write_tokenizer  # noqa: E402
+write_tokenizer = pytest.importorskip("data.fast_tokenizers").write_tokenizer
+pytestmark = pytest.mark.slow
 
 TEXT = "".join(LINES)
 HARD = "na\u00efve \u2581\u2581 caf\u00e9 \u65e5\u672c \U0001f642 \x00\x07\r\n</s><pad><unk><0x41><|endoftext|>"
@@ -120,7 +120,6 @@ def test_transformers_computes_the_same(rms):
     same(*rms)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_row_computes_the_same(name, tmp_path):
     model, idx = shaken(name)
@@ -128,7 +127,6 @@ def test_every_row_computes_the_same(name, tmp_path):
     same(model, idx, tmp_path / "hf")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["short_conv_waves", "bio_adaptive", "sdr", "ferope_anchored"])
 def test_without_the_checkout(name, tmp_path, monkeypatch):
     model, idx = shaken(name)
@@ -143,7 +141,6 @@ def test_without_the_checkout(name, tmp_path, monkeypatch):
     torch.testing.assert_close(found["loss"], loss)
 
 
-@pytest.mark.slow
 def test_what_the_wrapper_does(tmp_path):
     """Labels, the objective in training, sampling, formats, and what it refuses."""
     model, idx = shaken("short_conv_waves")
@@ -240,10 +237,10 @@ def refused(main, words, capsys):
     "kind, given",
     [
         ("char", {}),
-        pytest.param("char", {"attn_mode": "fhn"}, marks=pytest.mark.slow),
-        pytest.param("byte", {"use_bio_mlp": True}, marks=pytest.mark.slow),
-        pytest.param("sentencepiece", {"pos_embedding": "rope"}, marks=pytest.mark.slow),
-        pytest.param("gpt2", {"use_kan": True, "n_embd": 8}, marks=pytest.mark.slow),
+        ("char", {"attn_mode": "fhn"}),
+        ("byte", {"use_bio_mlp": True}),
+        ("sentencepiece", {"pos_embedding": "rope"}),
+        ("gpt2", {"use_kan": True, "n_embd": 8}),
     ],
 )
 def test_a_run_from_end_to_end(kind, given, tmp_path, capsys, monkeypatch):

@@ -86,6 +86,7 @@ def test_corrections_by_hand():
     assert holm([]) == [] and benjamini_hochberg([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_family_of_null_comparisons_is_seldom_called_different():
     rng = np.random.default_rng(1)
     false = [

@@ -79,6 +79,7 @@ def test_state_bytes_grow_with_attention_alone():
     assert far > near >= 2 * 4 * 16 * 8 and far >= 2 * 4 * 16 * 64 and sizes["waves"][0] == sizes["waves"][1]
 
 
+@pytest.mark.slow
 def test_rows_without_attention_get_no_table():
     assert words_without_positions("--attn_mode=fhn") == "--attn_mode=fhn --pos_embedding=none"
     assert words_without_positions("config/ablation/gdn.py") == "config/ablation/gdn.py --pos_embedding=none"

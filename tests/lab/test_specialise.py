@@ -68,6 +68,7 @@ def same(flags, folder, **how):
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["baseline", *(pytest.param(n, marks=pytest.mark.slow) for n in ("short_conv_waves", "knots"))]
 )

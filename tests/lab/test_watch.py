@@ -58,6 +58,7 @@ def test_other_metrics_and_both_axes_logarithmic(runs, capsys):
     assert "no curve of nothing yet" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_page_loads_itself_again(runs, capsys, tmp_path):
     pytest.importorskip("plotext")
     page = tmp_path / "watch.html"

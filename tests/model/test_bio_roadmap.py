@@ -153,6 +153,7 @@ def currents(seed, T=60, h=16, size=1.0, mean=0.0):
     return mean + size * torch.randn(2, T, h, dtype=torch.float64), torch.rand(h, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 99), size=st.floats(0.1, 3), mean=st.floats(-0.5, 1))
 @settings(max_examples=20, deadline=None)
 def test_enough_scans_are_the_loop(seed, size, mean):
@@ -218,6 +219,7 @@ def test_spikes_are_neither_all_nor_none_at_first():
         assert 0.5 < model.get_avg_sparsity() < 0.99
 
 
+@pytest.mark.slow
 def test_thresholds_are_steered_by_spikes_too():
     torch.manual_seed(0)
     layer = SpikingEventLayer(16, config(bio_spiking=True, bio_adaptive_threshold=True, bio_target_sparsity=0.8))

@@ -191,6 +191,7 @@ def quartic_of_e8(x):
     return state[-1]
 
 
+@pytest.mark.slow
 def test_quartic_invariant():
     """Kept by every generator, zero on a highest-weight orbit, and E8's own (ad x)^4 up to one factor."""
     x = uniform(3, 56, seed=4).requires_grad_()
@@ -205,6 +206,7 @@ def test_quartic_invariant():
 # The coset ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_seven_sets():
     """Sizes, commuting, the powers that vanish, and that set k with its chain spans the roots of the k-th group."""
     assert E7_SETS == (1, 2, 3, 4, 10, 16, 27) and E7_STAGES == (2, 5, 9, 14, 25, 42, 70)

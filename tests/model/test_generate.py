@@ -367,6 +367,7 @@ GROWING = ["block_sparse", "ferope_anchored", "knots", "knots_and_rings", "regio
            "mfs_l4_regions"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROWING)
 @pytest.mark.parametrize("positions", ["none", pytest.param("ramanujan", marks=pytest.mark.slow)])
 def test_cells_go_on_beyond_the_trained_block(name, positions):

@@ -756,6 +756,7 @@ def test_limits_are_counted_in_every_block():
         assert GPT(GPTConfig(**size, **flags)).flops_per_token() - plain == 3 * 3 * each
 
 
+@pytest.mark.slow
 def test_the_local_softmax_drops_its_mix():
     """With dropout: in evaluation the plain model, in training a mean over many draws that is its output."""
     size = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "vocab_size": 11, "dropout": 0.2}

@@ -89,6 +89,7 @@ def test_sinkhorn_passes_gradcheck():
     assert torch.autograd.gradcheck(lambda x: sinkhorn(x, 5), (logits,))
 
 
+@pytest.mark.slow
 def test_sinkhorn_converges_to_optimal_transport():
     ot = pytest.importorskip("ot")
     logits = torch.randn(4, 4, dtype=torch.float64)

@@ -85,6 +85,7 @@ def test_winners_are_the_largest(rows, groups, extra, data):
     assert as_sets(k_winners(x, k)) == as_sets(x.topk(k).indices)
 
 
+@pytest.mark.slow
 def test_false_matches_follow_the_hypergeometric_tail():
     n, k, count = 256, 20, 250
     words = SDROperations.pack(random_sets(2 * count, n, k), n)
@@ -337,6 +338,7 @@ def test_willshaw_is_the_boolean_matrix(B, T, k, cut, seed):
     assert torch.equal(unpack(torch.cat(parts, 1), n), willshaw_reference(keys, n))
 
 
+@pytest.mark.slow
 def test_willshaw_load_curve():
     """After M pairs of random sets a cell is on with p = 1 - (1 - (k / n)^2)^M. A bit that should not come back does
     if each cell of the cue shares one of the c pairs that stored it, c binomial: E[(1 - (1 - k / n)^c)^k]."""

@@ -45,6 +45,7 @@ def by_hand(memory, encoder, idx, steps):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"sdr_size": 128, "vocab_size": 40}], ids=("rows_of_words", "rows_of_bits"))
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @torch.no_grad()

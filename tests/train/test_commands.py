@@ -1,6 +1,7 @@
 """Every command in the documents and docstrings is one that its script accepts; the README's are run, made small."""
 
 import ast
+import functools
 import glob
 import importlib
 import inspect
@@ -37,6 +38,7 @@ ANY = {
 }  # fmt: skip
 
 
+@functools.cache
 def commands():
     """{command: where it stands}, without what a shell does after it."""
     found = {}

@@ -115,6 +115,7 @@ def test_shakespeare_is_gpt2s_bpe(tiny, tmp_path):
     assert restored.decode(train) + restored.decode(val) == tiny.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_locale_and_line_ends_do_not_change_the_text(tmp_path):
     """The same bytes come out under an ASCII locale and from a file with Windows line ends and a BOM."""
     text = "caf\u00e9 \u65e5\u672c\r\nline\r\n" * 50
@@ -985,6 +986,7 @@ def test_a_loading_script_on_the_hub_is_explained(owt, tmp_path, monkeypatch, ca
     assert "--revision=refs/convert/parquet" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_val_share_is_a_stateless_coin(owt):
     val = [i for i in range(200_000) if owt.is_val(i, 0.01)]
     assert abs(len(val) - 2000) < 5 * (200_000 * 0.01 * 0.99) ** 0.5  # 5 standard deviations

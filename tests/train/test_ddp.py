@@ -3,93 +3,17 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import DRIVER, PATIENCE, ROOT, TIMING, flags, history, losses, run_here, same, wait_for
+from helpers import ROOT, flags, losses, same, wait_for
+from jobs import ENDLESS, FOUR, assert_close, finish, run_alone, weights, workers
 from model import GPT, load_checkpoint
 from train import find_checkpoint
 
 pytestmark = pytest.mark.slow
-
-FOUR = {"gradient_accumulation_steps": 4, "max_iters": 6, "eval_interval": 3, "eval_full": True}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-@pytest.fixture
-def start():
-    """start(*words, script=train.py): two processes under torchrun. What a failed test leaves running is ended."""
-    jobs = []
-
-    def run(*words, script=ROOT / "train.py", **env):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        jobs.append(subprocess.Popen([*TORCHRUN, script, *words], **pipes, env=env))
-        return jobs[-1]
-
-    yield run
-    for job in jobs:
-        if job.poll() is None:
-            for pid in [*workers(job), job.pid]:
-                os.kill(pid, signal.SIGKILL)
-            job.wait()
-
-
-def finish(process):
-    """(exit status, stdout, stderr) of a job that must end by itself: well before gloo gives up, after half an hour."""
-    stdout, stderr = process.communicate(timeout=PATIENCE)
-    return process.returncode, stdout, stderr
-
-
-def workers(process):
-    """{pid: rank} of the training processes of a torchrun, from /proc."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int(re.search(r"^PPid:\t(\d+)", (folder / "status").read_text(), re.M)[1])
-            if parent == process.pid:
-                found[int(folder.name)] = int(re.search(rb"\0RANK=(\d+)", (folder / "environ").read_bytes())[1])
-        except (OSError, TypeError):
-            continue  # it ended meanwhile, or is none of ours
-    return found
-
-
-@pytest.fixture
-def together(start):
-    """together(*words): what a run of two processes in float64 prints, which must end well."""
-
-    def run(*words):
-        status, stdout, stderr = finish(start(*words, script=DRIVER, FLOAT64="1"))
-        assert status == 0, stderr
-        return stdout
-
-    return run
-
-
-def weights(out):
-    return load_checkpoint(out / "ckpt_last.pt")["model"]
-
-
-def run_alone(*words):
-    """Exit status of a run in this process and in float64."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        return run_here(*words)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def assert_close(a, b):
-    """In float64, gradients of the same batch differ by about 1e-17, and AdamW divides them by 1e-8 or more."""
-    for x, y in zip(history(a, TIMING), history(b, TIMING), strict=True):
-        assert x == pytest.approx(y, rel=1e-9, abs=1e-9)
-    a, b = weights(a), weights(b)
-    assert a.keys() == b.keys() and {x.dtype for x in a.values()} == {torch.float64}
-    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-9
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +68,6 @@ def test_resume_of_two_processes_is_exact_with_dropout(together, shakespeare, tm
     assert same(weights(tmp_path / "stopped"), weights(tmp_path / "straight"))
     rank_0, rank_1 = load_checkpoint(tmp_path / "stopped" / "ckpt_last.pt")["rng"]
     assert not torch.equal(rank_0["torch"], rank_1["torch"])
-
-
-ENDLESS = FOUR | {"max_iters": 100_000, "eval_interval": 20, "log_interval": 1}
 
 
 def endless(start, data, out):

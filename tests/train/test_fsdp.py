@@ -10,29 +10,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_ddp import (  # noqa: F401  two of them are fixtures
-    ENDLESS,
-    FOUR,
-    TORCHRUN,
-    assert_close,
-    finish,
-    run_alone,
-    start,
-    together,
-    weights,
-    workers,
-)
 
 import sample
 from configurator import ConfigError
 from helpers import PATIENCE, ROOT, flags, losses, run_here, same, wait_for
+from jobs import ENDLESS, FOUR, TORCHRUN, assert_close, finish, run_alone, weights, workers
 from kernels import sharding
 from lab.cost import size_of
 from model import GPT, GPTConfig, load_checkpoint
 from smoke_test import VARIANTS
 from train import TrainConfig, check_memory_savers
 
-SHARED = FOUR | {"parallel": "fsdp", "eval_iters": 3}  # of three batches one process has two
+SHARED = FOUR | {"parallel": "fsdp", "eval_iters": 3}  # an odd number: two batches and one
 REFUSED = [name for name, row in VARIANTS.items() if row.get("htm_meta_strength") or row.get("fa_grape")]
 ROWS = [name for name in VARIANTS if name not in REFUSED]
 TEN = ["baseline", "untied", "modern", "fhn", "bio_adaptive", "mhc", "sdr", "manifold_spectral", "dfa", "everything"]
@@ -69,7 +58,7 @@ def test_two_processes_equal_one_under_muon_in_several_rows():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"optimizer": "muon"}, {"token_shift": True, "tie_weights": False}])
-def test_a_run_of_two_processes_equals_one(given, together, shakespeare, tmp_path):  # noqa: F811
+def test_a_run_of_two_processes_equals_one(given, together, shakespeare, tmp_path):
     """Training, clipping, evaluation, best and last checkpoint: all of train.py."""
     given = SHARED | {"grad_clip": 0.2} | given
     assert run_alone(*flags(shakespeare, tmp_path / "one", **given)) == 0
@@ -87,7 +76,7 @@ def test_a_run_of_two_processes_equals_one(given, together, shakespeare, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel, n_layer", [("ddp", 2), ("fsdp", 10)])
-def test_with_activation_checkpointing_and_compiled(parallel, n_layer, together, shakespeare, tmp_path):  # noqa: F811
+def test_with_activation_checkpointing_and_compiled(parallel, n_layer, together, shakespeare, tmp_path):
     """Ten layers: under fsdp blocks share their compiled code, of which torch.compile keeps eight versions."""
     given = SHARED | {"n_layer": n_layer, "max_iters": 2, "eval_interval": 2, "parallel": parallel}
     assert run_alone(*flags(shakespeare, tmp_path / "one", **given)) == 0
@@ -98,7 +87,7 @@ def test_with_activation_checkpointing_and_compiled(parallel, n_layer, together,
 
 
 @pytest.mark.slow
-def test_resume_is_exact_with_dropout(together, shakespeare, tmp_path, monkeypatch):  # noqa: F811
+def test_resume_is_exact_with_dropout(together, shakespeare, tmp_path, monkeypatch):
     given = SHARED | {"dropout": 0.2, "lr_decay_iters": 6}
     monkeypatch.setenv("FLOAT64", "")
     together(*flags(shakespeare, tmp_path / "straight", **given))
@@ -110,7 +99,7 @@ def test_resume_is_exact_with_dropout(together, shakespeare, tmp_path, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"optimizer": "muon", "gated_blocks": True}])
-def test_one_process_ddp_and_fsdp_go_on_from_each_other(given, together, shakespeare, tmp_path):  # noqa: F811
+def test_one_process_ddp_and_fsdp_go_on_from_each_other(given, together, shakespeare, tmp_path):
     given = FOUR | given | {"lr_decay_iters": 8, "max_iters": 8, "eval_interval": 2}
     assert run_alone(*flags(shakespeare, tmp_path / "one", **given)) == 0
     resume = [f"--out_dir={tmp_path / 'many'}", "--init_from=resume"]
@@ -125,7 +114,7 @@ def test_one_process_ddp_and_fsdp_go_on_from_each_other(given, together, shakesp
 
 
 @pytest.mark.slow
-def test_samples_while_training_and_from_the_checkpoint(together, shakespeare, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_samples_while_training_and_from_the_checkpoint(together, shakespeare, tmp_path, capsys, monkeypatch):
     stdout = together(*flags(shakespeare, tmp_path, **SHARED, sample_interval=2))
     assert stdout.count("--- a sample at step") == 2
     sample.main([f"--out_dir={tmp_path}", "--num_samples=1", "--max_new_tokens=20", "--device=cpu"])
@@ -133,7 +122,7 @@ def test_samples_while_training_and_from_the_checkpoint(together, shakespeare, t
 
 
 @pytest.mark.slow
-def test_wsds_goes_back_to_its_trunk(together, shakespeare, tmp_path):  # noqa: F811
+def test_wsds_goes_back_to_its_trunk(together, shakespeare, tmp_path):
     given = SHARED | {"lr_schedule": "wsds", "wsds_horizons": 2, "max_iters": 12, "warmup_iters": 1}
     assert run_alone(*flags(shakespeare, tmp_path / "one", **given)) == 0
     together(*flags(shakespeare, tmp_path / "two", **given))
@@ -141,7 +130,7 @@ def test_wsds_goes_back_to_its_trunk(together, shakespeare, tmp_path):  # noqa: 
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_ends(start, shakespeare, tmp_path):  # noqa: F811
+def test_a_signal_saves_and_ends(start, shakespeare, tmp_path):
     """Whichever process gets it, and also in the middle of an evaluation, all stop at the same step."""
     data, out = shakespeare, tmp_path
     process = start(*flags(data, out, **ENDLESS | {"parallel": "fsdp", "eval_interval": 5}))
@@ -231,13 +220,14 @@ def test_what_is_refused(flags_, cfg, dtype, told):
 
 
 @pytest.mark.slow
-def test_a_refusal_is_one_line_and_status_2(start, shakespeare, tmp_path):  # noqa: F811
+def test_a_refusal_is_one_line_and_status_2(start, shakespeare, tmp_path):
     _, _, stderr = finish(start(*flags(shakespeare, tmp_path, **SHARED, htm_meta_strength=0.5)))
     errors = [x for x in stderr.splitlines() if "train.py: error:" in x]
     assert errors and all("--parallel=fsdp" in x and "htm_meta_strength" in x for x in errors)
     assert "exitcode  : 2" in stderr and 'File "' + str(ROOT / "train.py") not in stderr
 
 
+@pytest.mark.slow
 def test_weightless_models_hold_buffers_alone():
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 65}
     for name, row in VARIANTS.items():

@@ -149,6 +149,7 @@ def test_all_of_both_val_splits_is_read_once(pair):
     assert counts[A] == 799 and counts[B] == 199
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_and_resumes(pair, tmp_path):
     words = flags(pair / "a", tmp_path / "out", dataset="a:0.5,b:0.5", max_iters=4)
     assert run_here(*words) == 0

@@ -40,6 +40,7 @@ def trained(config, recomputes):
     return seen, [p.detach() for p in model.parameters()], dict(model.named_buffers()), model.measures()
 
 
+@pytest.mark.slow
 @every_row
 def test_same_to_the_last_bit(name):
     """With dropout too: and no count, loss or threshold moves twice."""

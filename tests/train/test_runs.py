@@ -566,6 +566,7 @@ def test_what_cannot_be_encoded_is_replaced(tmp_path, cli):
         assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
 
 
+@pytest.mark.slow
 def test_a_vocabulary_without_newline(tmp_path, capsys):
     data, out = dataset(tmp_path / "d", "ab cab " * 60), tmp_path / "out"
     assert run_here(*flags(data, out, max_iters=4, sample_interval=2)) == 0
@@ -578,6 +579,7 @@ def test_a_vocabulary_without_newline(tmp_path, capsys):
     assert r"'\n'" in capsys.readouterr().err  # this one was typed
 
 
+@pytest.mark.slow
 def test_escape_sequences_are_shown_not_obeyed(tmp_path, capsys):
     data, out = dataset(tmp_path / "d", "\x1b]0;t\x07\x9b1m\x7f\r" * 60), tmp_path / "out"
     assert run_here(*flags(data, out, max_iters=2, sample_interval=1)) == 0

@@ -296,6 +296,7 @@ def test_training_measures_accuracy_and_takes_its_sizes_from_the_rows(rows, tmp_
     assert last["val_accuracy"] == (logits.argmax(-1)[asked] == y[asked]).double().mean().item()
 
 
+@pytest.mark.slow
 def test_resuming_is_exact(rows, tmp_path):
     assert run_here(*run_flags(rows, tmp_path / "a", max_iters=6)) == 0
     assert run_here(*run_flags(rows, tmp_path / "b", max_iters=3, lr_decay_iters=6)) == 0

@@ -121,6 +121,7 @@ def test_resume_goes_on_to_a_new_max_iters(shakespeare, tmp_path):
     assert [x["iter"] for x in history(tmp_path) if "loss" in x] == list(range(9))
 
 
+@pytest.mark.slow
 def test_best_val_loss_is_kept(shakespeare, tmp_path):
     assert run_here(*flags(shakespeare, tmp_path)) == 0
     last = torch.load(tmp_path / "ckpt_last.pt", weights_only=True)
@@ -587,6 +588,7 @@ def test_a_full_precision_run_goes_on_in_half(shakespeare, tmp_path):
     assert load_checkpoint(tmp_path / "ckpt_last.pt")["iter_num"] == 8
 
 
+@pytest.mark.slow
 def test_an_overflow_in_half_is_skipped_and_told_in_json(shakespeare, tmp_path, monkeypatch):
     """A loss scale too large at first: its steps are skipped, the scale falls, and metrics.jsonl stays JSON."""
     init = torch.amp.GradScaler.__init__
@@ -963,6 +965,7 @@ def test_a_training_line_shows_how_many_events_are_silent(capsys):
 # Profiles.
 
 
+@pytest.mark.slow
 def test_a_profile_of_some_steps(shakespeare, tmp_path, capsys):
     """The named steps are in the trace, and training is what it is without a profile."""
     assert run_here(*flags(shakespeare, tmp_path / "a", max_iters=4), "--profile=1:3") == 0

@@ -80,6 +80,7 @@ def straight(shakespeare, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_horizon_is_a_run_of_that_length(straight, shakespeare, tmp_path):
     """To the last bit, dropout included: data, rates and random numbers are those of a run of its own."""
     found = {line["horizon"]: line for line in evaluations(straight) if "horizon" in line}
