@@ -90,7 +90,7 @@ class SampleConfig:
 
 def tokenizer_of(name_or_dir, vocab_size):
     """The tokenizer of pre-trained weights: the folder's own, or GPT-2's by name or (told) by size; else DataError."""
-    if meta := load_meta(name_or_dir):  # of a run, which lab.export wrote
+    if meta := load_meta(name_or_dir):  # lab.export wrote this directory
         return load_tokenizer(meta, name_or_dir)
     if has_tokenizer(name_or_dir):
         return HuggingFace(name_or_dir)

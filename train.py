@@ -544,7 +544,7 @@ def model_of(init_from, dropout, data):
         if not isinstance(meta, dict) or not same_tokenizer(meta, data.meta):
             raise ConfigError(f"{other}, {meta.get('tokenizer', 'gpt2') if isinstance(meta, dict) else meta!r}")
         return GPT.from_checkpoint(checkpoint, **dropout)
-    if meta := load_meta(init_from):  # of another run, which lab.export wrote
+    if meta := load_meta(init_from):  # lab.export wrote this directory
         if not same_tokenizer(meta, data.meta):
             raise ConfigError(f"{other}, {meta['tokenizer']}")
     elif tokenizer != "gpt2" and (init_from in GPT2_NAMES or has_tokenizer(init_from)):

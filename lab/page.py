@@ -13,7 +13,7 @@ from configurator import ConfigError
 from data.files import replace_file
 
 INTERVAL = re.compile(r"([+-]\d+\.\d+)(?: ± (\d+\.\d+))?")  # a difference to the baseline
-HALF = 50  # of an interval's drawing: pixels from zero to an end
+HALF = 50  # pixels from zero to either end of a drawn interval
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --paper: #fff; --line: #d0d7de; --stripe: #8881; --better: #0072b2;

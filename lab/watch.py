@@ -27,7 +27,7 @@ from configurator import ConfigError, check_values
 from data.files import replace_file
 from lab.pictures import TIGHT, png, pyplot, spread_out
 
-LETTERS = "abcdefgh"  # of the curves; their names stand in the table, which has all runs
+LETTERS = "abcdefgh"  # one per curve, so at most eight are drawn; the table below lists every run
 
 
 @dataclass

@@ -98,87 +98,110 @@ def table_under(text, title):
     return {cells[0]: dict(zip(head, cells)) for cells in body}
 
 
-def test_two_configs_two_seeds(recipe, tmp_path, capsys, in_process, monkeypatch):
+@pytest.fixture
+def tiny(recipe, tmp_path, in_process):
+    """Two rows with two seeds each, trained: where they lie, the command that trained them, the finished runs."""
     out, docs = tmp_path / "out-tiny", tmp_path / "docs"
     rows = [config(tmp_path, "baseline"), config(tmp_path, "relu2", '# A control.\nmlp_act = "relu2"\n')]
     words = [*rows, f"--recipe={recipe()}", "--seeds=2", f"--out_dir={out}", "--jobs=2"]
     assert run_here(*words) == 0
     runs = find_runs(AblateConfig(out_dir=str(out)))
-    assert [(run.row, run.lr, run.seed, run.is_done) for run in runs] == [
+    loss = {row: [run.loss for run in runs if run.row == row] for row in ("baseline", "relu2")}
+    return SimpleNamespace(folder=tmp_path, out=out, docs=docs, words=words, runs=runs, loss=loss)
+
+
+def report(tiny):
+    """The tables of the two rows, written anew."""
+    assert run_here("--report", f"--out_dir={tiny.out}", f"--docs={tiny.docs}") == 0
+    return (tiny.docs / "results/tiny.md").read_text()
+
+
+def test_two_configs_two_seeds(tiny):
+    assert [(run.row, run.lr, run.seed, run.is_done) for run in tiny.runs] == [
         (row, 0.001, seed, True) for row in ("baseline", "relu2") for seed in (0, 1)
     ]
-    assert len({run.loss for run in runs}) == 4
-    for run in runs:
+    assert len({run.loss for run in tiny.runs}) == 4
+    for run in tiny.runs:
         assert run.facts["config"]["eval_full"] and run.asked["settings"]["seed"] == run.facts["config"]["seed"]
         assert run.asked["source"]["of"] == "its specialised file" and run.wall_s > 0
         assert run.facts["machine"].keys() == {"cpu", "cores", "threads", "gpu"} and len(run.facts["data_id"]) == 64
-        assert run.asked["text"] == (tmp_path / f"{run.row}.py").read_text() and "git_commit" in run.facts
+        assert run.asked["text"] == (tiny.folder / f"{run.row}.py").read_text() and "git_commit" in run.facts
         assert (run.folder / "ckpt.pt").exists() == (run.seed == 0) and not (run.folder / "ckpt_last.pt").exists()
 
-    # a second call trains nothing
-    stamps = {run.folder: os.stat(run.folder / "metrics.jsonl").st_mtime_ns for run in runs}
-    assert run_here(*words) == 0
+
+def test_a_second_call_trains_nothing(tiny, recipe, capsys):
+    stamps = {run.folder: os.stat(run.folder / "metrics.jsonl").st_mtime_ns for run in tiny.runs}
+    assert run_here(*tiny.words) == 0
     assert stamps == {folder: os.stat(folder / "metrics.jsonl").st_mtime_ns for folder in stamps}
     assert "4 runs, 4 of them finished before" in capsys.readouterr().out
-
-    # what lies there is another run: told, not overwritten
-    assert run_here(*rows, f"--recipe={recipe(6)}", "--seeds=2", f"--out_dir={out}") == 2
+    recipe(6)  # the recipe's file changed: what lies there is another run, which is told and not overwritten
+    assert run_here(*tiny.words) == 2
     assert "lr_decay_iters=4, not 6, max_iters=4, not 6" in capsys.readouterr().err
-    recipe()
 
-    docs.mkdir()
-    (docs / "results.md").write_text("# By hand\n")
-    for _ in range(2):  # the second report replaces the first
-        assert run_here("--report", f"--out_dir={out}", f"--docs={docs}") == 0
-    text = (docs / "results.md").read_text()
-    assert text.startswith("# By hand\n\n<!-- tiny:start -->") and text.count("<!-- tiny:") == 2
-    assert list(table_under(text, "Comparison: tiny")) == list(
-        table_under((docs / "results/tiny.md").read_text(), "Loss, lr 0.001")
-    )
-    assert "(results/tiny.md)" in text
-    text = (docs / "results/tiny.md").read_text()
-    loss = {row: [run.loss for run in runs if run.row == row] for row in ("baseline", "relu2")}
+
+def test_the_report_by_hand(tiny):
+    tiny.docs.mkdir()
+    (tiny.docs / "results.md").write_text("# By hand\n")
+    report(tiny)
+    text = report(tiny)  # the second replaces the first
+    whole = (tiny.docs / "results.md").read_text()
+    assert whole.startswith("# By hand\n\n<!-- tiny:start -->") and whole.count("<!-- tiny:") == 2
+    assert list(table_under(whole, "Comparison: tiny")) == list(table_under(text, "Loss, lr 0.001"))
+    assert "(results/tiny.md)" in whole
     table = table_under(text, "Loss, lr 0.001")
-    for row, values in loss.items():
+    for row, values in tiny.loss.items():
         spread = abs(values[0] - values[1]) / math.sqrt(2)
         assert table[row]["val loss"] == f"{sum(values) / 2:.4f} ± {spread:.4f}"
         assert table[row]["seeds"] == "2"
-    gaps = [a - b for a, b in zip(loss["relu2"], loss["baseline"])]
+    gaps = [a - b for a, b in zip(tiny.loss["relu2"], tiny.loss["baseline"])]
     half = stats.t.ppf(0.975, 1) * abs(gaps[0] - gaps[1]) / 2  # stdev = |difference| / sqrt 2, over sqrt 2
     assert table["relu2"]["to baseline"] == f"{sum(gaps) / 2:+.4f} ± {half:.4f}"
-    bits = statistics.fmean(loss["baseline"]) / math.log(2)
+    bits = statistics.fmean(tiny.loss["baseline"]) / math.log(2)
     assert math.isclose(float(table["baseline"]["bits per byte"]), bits, abs_tol=6e-5)  # a character is a byte
+
+
+def test_the_cost_by_hand(tiny):
+    text = report(tiny)
     cost = table_under(text, "Cost")
     # a block of width 16: 12 16^2 weights and two norms, the last norm, the embedding; the position table is left out
-    vocabulary = runs[0].facts["model_args"]["vocab_size"]
+    vocabulary = tiny.runs[0].facts["model_args"]["vocab_size"]
     assert cost["baseline"]["parameters"] == f"{12 * 256 + 3 * 16 + vocabulary * 16:,} (1.00x)"
     flops = 3 * (2 * (12 * 256 + vocabulary * 16) + 4 * 16 * 17 / 2)
     assert cost["baseline"]["MFLOPs per token"] == f"{flops / 1e6:.2f} (1.00x)"
     assert table_under(text, "Matched time, lr 0.001")["baseline"]["steps done by then"] == "100%"
     assert cost["relu2"]["speed"].startswith("~") and cost["relu2"]["peak MB"] == ""
 
-    page = Page((docs / "tiny.html").read_text())
+
+def test_the_page(tiny):
+    text = report(tiny)
+    table = table_under(text, "Loss, lr 0.001")
+    written = (tiny.docs / "tiny.html").read_text()
+    page = Page(written)
     assert page.fetched and all(link.startswith("data:image/png;base64,") for link in page.fetched)
-    assert "http" not in (docs / "tiny.html").read_text()
+    assert "http" not in written
     assert page.tables[0][0] == list(table["relu2"])
     assert {row[0]: row[1] for row in page.tables[0][1:]} == {row: table[row]["val loss"] for row in table}
     for name in re.findall(r"\]\(([^)]+)\)", text):
-        assert (docs / "results" / name).stat().st_size > 1000
+        assert (tiny.docs / "results" / name).stat().st_size > 1000
 
+
+def test_steps_are_measured_once(tiny, capsys, monkeypatch):
     monkeypatch.setattr(ablate.measure, "speeds", lambda seconds: [{}, {"speed": 0.5, "low": 0.4, "high": 0.6}])
     monkeypatch.setattr(ablate.measure, "in_fresh_process", lambda *args: 7.0)
     monkeypatch.setattr(ablate.measure, "interleave", lambda steps, rounds, device: list(steps))
     for _ in range(2):
-        assert run_here("--time", f"--out_dir={out}", f"--docs={docs}") == 0
-        assert run_here("--report", f"--out_dir={out}", f"--docs={docs}") == 0
+        assert run_here("--time", f"--out_dir={tiny.out}", f"--docs={tiny.docs}") == 0
+        text = report(tiny)
     said = capsys.readouterr().out
-    assert said.count("relu2: 0.50x, 7.0 MB") == 1 == said.count("baseline: 0.50x")  # what was measured stays
-    text = (docs / "results/tiny.md").read_text()
+    assert said.count("relu2: 0.50x, 7.0 MB") == 1 == said.count("baseline: 0.50x")
     cost = table_under(text, "Cost")["relu2"]
     assert (cost["speed"], cost["peak MB"]) == ("0.50x (0.40 to 0.60)", "7")
     assert "relu2" not in table_under(text, "Matched time, lr 0.001")  # at half speed, three evaluations are too few
 
-    assert run_here("--pictures", f"--out_dir={out}", f"--docs={docs}") == 0
+
+def test_pictures_need_runs_of_their_rows(tiny, capsys):
+    report(tiny)
+    assert run_here("--pictures", f"--out_dir={tiny.out}", f"--docs={tiny.docs}") == 0
     assert re.search(r"^waves: skipped, .*no finished run of fhn", capsys.readouterr().out, re.MULTILINE)
 
 
