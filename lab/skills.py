@@ -8,8 +8,9 @@ What can a token mixer do? Trains rows on the synthetic skills of data/skills, a
 
 Rows are config files, or flags, as for lab.ablate, whose run folders, locks and continuation these are: a run is
 OUT_DIR/TASK/ROW/lrX-seedY, and what is finished stays. Each row is trained at every rate with seed 0, then with the
-other seeds at the rate of its lowest loss. Sizes are the skill's, mixers and channel mixers the row's; a row without
-attention gets no table of positions, which its order makes superfluous and which would end at the trained length.
+other seeds at the rate of its lowest loss. Sizes are the skill's, everything else is the modern block trained by Muon
+(config/presets/modern_muon.py), on which attention learns to recall within a few hundred steps; with AdamW it does not
+within thousands. Rows change that block; one without attention has no positions, which its order makes superfluous.
 
 Scores: the share of answers of the val split that are right; for state tracking also at longer rows, of the answers
 beyond the trained length. State: bytes that decoding keeps after a whole row, for one sequence, the spare room of
@@ -77,7 +78,7 @@ class Skill:
     layers: int = 2
     batch: int = 64
     steps: int = 2000
-    rates: tuple = (1e-3, 3e-3)
+    rates: tuple = (6e-3, 2e-2)  # muon_lr
     setting: dict = field(default_factory=dict)
     longer: tuple = ()  # T beyond the trained one
     val_rows: int = 1000
@@ -85,7 +86,7 @@ class Skill:
 
 
 SKILLS = {
-    "mqar": Skill(64, 1, steps=3000, rates=(1e-3, 3e-3, 1e-2), setting={"vocab_size": 512},
+    "mqar": Skill(64, 1, steps=3000, rates=(3e-3, 9e-3, 3e-2), setting={"vocab_size": 512},
                   small={"vocab_size": 64, "T": 32, "n": 4}),
     "in_context_recall": Skill(small={"T": 64}),
     "fuzzy_recall": Skill(small={"T": 64, "n": 4}),
@@ -100,7 +101,7 @@ SKILLS = {
     "depo": Skill(small={"n": 8, "k": 2, "questions": 6}),
     "mano": Skill(small={"T": 32, "operators": 3}),
 }  # fmt: skip
-QUICK = {"width": 64, "batch": 32, "steps": 400, "rates": (3e-3,), "val_rows": 250}
+QUICK = {"width": 64, "batch": 32, "steps": 400, "rates": (9e-3,), "val_rows": 250}
 ENOUGH = 0.9  # share of right answers from which on a seed counts as having learned the task
 
 
@@ -115,12 +116,13 @@ def skill_of(cfg, task):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training, by lab.ablate.
 
+BLOCK = "config/presets/modern_muon.py"  # what the rows change
 RECIPE = """# python -m lab.skills wrote this: {task}, {setting}
 data_dir, dataset = {data!r}, "skills/{task}"
 n_layer, n_head, n_embd, block_size, bias = {layers}, {heads}, {width}, {T}, False
 batch_size, gradient_accumulation_steps = {batch}, 1
 max_iters = lr_decay_iters = {steps}
-warmup_iters, min_lr, beta2 = {warmup}, 0.0, 0.99
+warmup_iters = {warmup}
 eval_interval, eval_iters, log_interval = {interval}, 1, 50
 device, compile = {device!r}, False
 """
@@ -143,7 +145,7 @@ def folders(cfg, task, skill):
 
 def ablate_config(cfg, task):
     folder = Path(cfg.out_dir) / task
-    return AblateConfig(recipe=str(folder / "recipe.py"), jobs=cfg.jobs, out_dir=str(folder), docs=cfg.out_dir,
+    return AblateConfig(recipe=f"{folder / 'recipe.py'},{BLOCK}", jobs=cfg.jobs, out_dir=str(folder), docs=cfg.out_dir,
                         keep="best")  # fmt: skip
 
 
@@ -152,9 +154,11 @@ def words_without_positions(config):
     words = words_of(config)
     given = configurator.read(words, TrainConfig, GPTConfig)
     model = GPTConfig(**{k: v for k, v in given.values.items() if k in given.given & vars(GPTConfig()).keys()})
-    if model.has("has_scores") or "pos_embedding" in given.given:
+    if model.has("has_scores"):
         return config
-    return f"{shlex.join(words)} --pos_embedding=none"
+    without = {"pos_embedding": "none", "qk_norm": False}  # of the block's settings, what needs attention
+    more = [f"--{name}={value}" for name, value in without.items() if name not in given.given]
+    return " ".join([shlex.join(words), *more])
 
 
 def train(cfg, rows):
@@ -227,7 +231,7 @@ def measure(task, run):
         "loss": run.loss, "learned_at": next(learned, None), **found, "lr": run.lr,
         "steps": run.facts["config"]["max_iters"], "batch": asked["batch_size"], "layers": asked["n_layer"],
         "width": asked["n_embd"], "floor": tasks.floor(task, **found["setting"]), "flags": run.asked["config"],
-        "parameters": run.facts["parameters"], "git_commit": run.facts["git_commit"],
+        "parameters": run.facts["parameters"], "git_commit": run.facts["git_commit"], "block": BLOCK,
     }  # fmt: skip
 
 
@@ -323,11 +327,11 @@ def against_state(records):
 
 
 def key_of(record):
-    return tuple(record[name] for name in ("quick", "task", "row", "seed"))
+    return tuple(record.get(name) for name in ("block", "quick", "task", "row", "seed"))
 
 
 def kept(cfg, records):
-    """All records of docs, with `records` in the place of older ones of the same task, row and seed."""
+    """All records of docs, with `records` in the place of older ones of the same block, task, row and seed."""
     path = Path(cfg.docs) / "results" / "skills.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     order = {task: i for i, task in enumerate(SKILLS)}
@@ -336,15 +340,16 @@ def kept(cfg, records):
 
 
 REMARK = (
-    "`{command}`. Mean share of right answers, in brackets how many seeds got to 90 %. *a to b*: rows of b tokens "
-    "after training on rows of a, the answers beyond a; empty where a row has no positions there."
+    "`{command}`, rows changing `{block}`. Mean share of right answers, in brackets how many seeds got to 90 %. "
+    "*a to b*: rows of b tokens after training on rows of a, the answers beyond a; empty where a row has no positions "
+    "there."
 )
 
 
 def report(cfg, records):
     """Write docs/results/skills.jsonl, and pictures and the table of these settings."""
     path, every = kept(cfg, records)
-    shown = [record for record in every if record["quick"] == cfg.quick]
+    shown = [record for record in every if record["quick"] == cfg.quick and record.get("block") == BLOCK]
     if not shown:
         raise ConfigError(f"{cfg.out_dir}: no finished run, and no record in {path}")
     name = "skills-quick" if cfg.quick else "skills"
@@ -354,7 +359,7 @@ def report(cfg, records):
     replace_file(path, "".join(json.dumps(record) + "\n" for record in every).encode())
     for image, figure in images.items():
         replace_file(Path(cfg.docs) / "img" / f"{image}.png", png(figure))
-    remark = REMARK.format(command=f"python -m lab.skills ...{' --quick' if cfg.quick else ''}")
+    remark = REMARK.format(command=f"python -m lab.skills ...{' --quick' if cfg.quick else ''}", block=BLOCK)
     title = "Skills, a first look" if cfg.quick else "Skills"
     parts = [f"## {title}", remark, markdown(table(shown)), *(f"![{image}](img/{image}.png)" for image in images)]
     write_between_marks(Path(cfg.docs) / "results.md", name, "\n\n".join(parts))

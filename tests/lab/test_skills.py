@@ -18,7 +18,7 @@ PARITY = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 8, "vocab_size"
 
 def record(row, seed, accuracy, longer=None, task="parity", size=100, quick=False):
     return {"task": task, "row": row, "seed": seed, "accuracy": accuracy, "loss": 1.0, "longer": longer or {},
-            "setting": {"T": 40}, "state_bytes": size, "floor": 0.5, "quick": quick}  # fmt: skip
+            "setting": {"T": 40}, "state_bytes": size, "floor": 0.5, "quick": quick, "block": skills.BLOCK}  # fmt: skip
 
 
 RECORDS = [
@@ -80,14 +80,13 @@ def test_state_bytes_grow_with_attention_alone():
 
 
 @pytest.mark.slow
-def test_rows_without_attention_get_no_table():
-    assert words_without_positions("--attn_mode=fhn") == "--attn_mode=fhn --pos_embedding=none"
-    assert words_without_positions("config/ablation/gdn.py") == "config/ablation/gdn.py --pos_embedding=none"
-    for config in (
-        "config/ablation/rope.py",
-        "--attn_pattern=fhn,softmax",
-        "--attn_mode=gla --pos_embedding=ramanujan",
-    ):
+def test_rows_without_attention_get_no_positions():
+    without = " --pos_embedding=none --qk_norm=False"
+    assert words_without_positions("--attn_mode=fhn") == "--attn_mode=fhn" + without
+    assert words_without_positions("config/ablation/gdn.py") == "config/ablation/gdn.py" + without
+    own = "--attn_mode=gla --pos_embedding=ramanujan"
+    assert words_without_positions(own) == own + " --qk_norm=False"
+    for config in ("config/ablation/rope.py", "--attn_pattern=fhn,softmax"):
         assert words_without_positions(config) == config
 
 
@@ -140,22 +139,33 @@ def test_from_end_to_end(in_process, tmp_path, monkeypatch, capsys):
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
     docs.joinpath("results").mkdir(parents=True)
     older = [record("waves", 7, 0.25), record("waves", 0, 0.25), record("old", 0, 0.5, quick=True)]
+    older += [record("other_block", 0, 0.5) | {"block": None}]  # kept, and in no table with these
     docs.joinpath("results/skills.jsonl").write_text("".join(json.dumps(r) + "\n" for r in older))
     with pytest.raises(SystemExit, match="0"):
         skills.main(["--report", *words[2:]])
     found = [json.loads(line) for line in docs.joinpath("results/skills.jsonl").read_text().splitlines()]
     assert [(r["quick"], r["row"], r["seed"]) for r in found] == [
-        (False, "rope", 0), (False, "rope", 1), (False, "waves", 0), (False, "waves", 1), (False, "waves", 7),
+        (False, "other_block", 0), (False, "rope", 0),
+        (False, "rope", 1), (False, "waves", 0), (False, "waves", 1), (False, "waves", 7),
         (True, "old", 0)]  # fmt: skip
-    new = found[2]
+    new = found[3]
     lines = [
         json.loads(line)
         for line in (out / f"parity/waves/lr{new['lr']:g}-seed0/metrics.jsonl").read_text().splitlines()
     ]
     assert new["accuracy"] == [x["val_accuracy"] for x in lines if "val_accuracy" in x][-1] != 0.25
-    assert new["steps"] == 4 and new["flags"] == "--attn_mode=fhn --pos_embedding=none" and new["state_bytes"] > 0
+    assert (
+        new["steps"] == 4
+        and new["flags"] == "--attn_mode=fhn --pos_embedding=none --qk_norm=False"
+        and new["state_bytes"] > 0
+    )
     text = docs.joinpath("results.md").read_text()
-    assert "| waves |" in text and "| old |" not in text and "![skills-profile](img/skills-profile.png)" in text
+    assert (
+        "| waves |" in text
+        and "| old |" not in text
+        and "other_block" not in text
+        and "![skills-profile](img/skills-profile.png)" in text
+    )
     assert all(docs.joinpath(f"img/skills-{name}.png").stat().st_size > 1000 for name in ("profile", "state"))
 
 
