@@ -396,8 +396,14 @@ def parse_words(argv, keys, aliases):
 def add(given, flags, source, classes):
     """Put `flags` over `given`, and drop, told on stderr, what does nothing since one of them turned its switch off."""
     for name in idle_since(given, flags, classes):
-        print(f"{name}={given.pop(name)!r}: left out, {source} turns its switch off", file=sys.stderr)
+        tell_once(f"{name}={given.pop(name)!r}: left out, {source} turns its switch off")
     given |= flags
+
+
+@cache
+def tell_once(line):
+    """Print a line on stderr, the first time that it is told: a lab command reads the same words for every run."""
+    print(line, file=sys.stderr)
 
 
 def idle_since(given, flags, classes):

@@ -647,6 +647,8 @@ def test_a_switch_turned_off_takes_its_flags_along(tmp_path, capsys):
     told = capsys.readouterr().err
     assert told.count("\n") == 3 and "mfs_K=5: left out, the command line turns its switch off" in told
     assert f"sdr_size=1024: left out, {tmp_path / 'b.py'} turns" in told
+    resolved(tmp_path / "a.py", tmp_path / "b.py", "--no-use_mfs_head")
+    assert capsys.readouterr().err == ""  # once is enough
     with pytest.raises(ConfigError, match="mfs_K"):  # what the command line itself says is not dropped
         resolved(tmp_path / "a.py", "--no-use_mfs_head", "--mfs_K=7").build(GPTConfig)
     (tmp_path / "c.py").write_text("sdr_size = 1024\n")  # idle from the start, in a file of its own
