@@ -83,11 +83,12 @@ class Skill:
     longer: tuple = ()  # T beyond the trained one
     val_rows: int = 1000
     small: dict = field(default_factory=dict)
+    quick_batch: int = 64  # rows per step with --quick
 
 
 SKILLS = {
     "mqar": Skill(64, 1, steps=3000, rates=(3e-3, 9e-3, 3e-2), setting={"vocab_size": 512},
-                  small={"vocab_size": 64, "T": 32, "n": 4}),
+                  small={"vocab_size": 64, "T": 32, "n": 4}, quick_batch=32),
     "in_context_recall": Skill(small={"T": 64}),
     "fuzzy_recall": Skill(small={"T": 64, "n": 4}),
     "noisy_recall": Skill(small={"T": 64}),
@@ -95,13 +96,13 @@ SKILLS = {
     "selective_copying": Skill(small={"T": 48, "n": 8}),
     "compression": Skill(),
     "memorisation": Skill(),
-    "parity": Skill(longer=(64, 128, 256), small={"T": 24}),
+    "parity": Skill(longer=(64, 128, 256), small={"T": 24}, quick_batch=32),
     "s3": Skill(longer=(64, 128), small={"T": 16}),
     "a5": Skill(longer=(64, 128), small={"T": 16}),
     "depo": Skill(small={"n": 8, "k": 2, "questions": 6}),
     "mano": Skill(small={"T": 32, "operators": 3}),
 }  # fmt: skip
-QUICK = {"width": 64, "batch": 32, "steps": 400, "rates": (9e-3,), "val_rows": 250}
+QUICK = {"width": 64, "steps": 400, "rates": (9e-3,), "val_rows": 250}
 ENOUGH = 0.9  # share of right answers from which on a seed counts as having learned the task
 
 
@@ -109,7 +110,7 @@ def skill_of(cfg, task):
     """The Skill as it is to be trained."""
     skill = vars(SKILLS[task])
     if cfg.quick:
-        skill = skill | QUICK | {"setting": skill["setting"] | skill["small"]}
+        skill = skill | QUICK | {"setting": skill["setting"] | skill["small"], "batch": skill["quick_batch"]}
     return Skill(**skill | {"steps": cfg.max_iters or skill["steps"]})
 
 
