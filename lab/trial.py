@@ -355,7 +355,7 @@ def stage_seconds(trial, stage):
         done = {row: sum(base_row(run) == row and run.seed == 0 for run in runs_at(trial, stage.place)) for row in each}
         todo = [each[row] for row in each for _ in range(max(1, done[row]), most)]
     else:
-        todo = [each[run.row] for run in trial.pairs(stage.place, stage.seeds) if not run.is_done]
+        todo = [each[base_row(run)] for run in trial.pairs(stage.place, stage.seeds) if not run.is_done]
         if stage.name == "ladder" and trial.cfg.tune_ladder and todo:
             todo += [each[row] for row in each for _ in range(TRIALS - 1)]
     return max(sum(todo) / trial.jobs, max(todo, default=0.0))
@@ -769,6 +769,14 @@ def skills_of(trial):
     return done.stdout
 
 
+def command_of(trial):
+    """What makes such a card again: the idea, and every setting that shapes the comparison."""
+    shaping = ("budget", "baselines", "rungs", "domains", "select_seeds", "confirm_seeds", "tune_decay", "tune_ladder")
+    default = TrialConfig()
+    given = {name: getattr(trial.cfg, name) for name in shaping if getattr(trial.cfg, name) != getattr(default, name)}
+    return shlex.join(["python", "-m", "lab.trial", trial.spoken, *(f"--{k}={v}" for k, v in given.items())])
+
+
 def make_card(trial, performed):
     cfg = trial.cfg
     places = list(dict.fromkeys(stage.place for unit in performed for stage in unit.stages))
@@ -785,7 +793,7 @@ def make_card(trial, performed):
     return {
         "name": trial.name, "flags": " ".join(ablate.words_of(trial.config)), "text": ablate.text_of(trial.config),
         "date": datetime.date.today().isoformat(),
-        "command": f"python -m lab.trial {shlex.quote(trial.spoken)} --budget={cfg.budget}",
+        "command": command_of(trial),
         "source": identity.source(config, optimizer),
         "data": {domain: load_meta(data_folder(cfg, domain)).get("data_id") for domain in names(cfg.domains)},
         "machine": f"{here['cpu']}, {here['cores']} cores" + (f", {here['gpu']}" if here["gpu"] else ""),

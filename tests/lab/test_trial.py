@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,11 +12,13 @@ import sys
 import time
 from contextlib import redirect_stdout
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import configurator
 from data import domains
 from helpers import LINES, PATIENCE, ROOT, TrainHere, command_here
 from lab import ablate, claims, trial
@@ -194,6 +197,10 @@ def test_a_trial_ends_in_a_card(finished):
     assert card["ladder"]["M0"]["over"] == "lengths at tiny" and len(card["ladder"]["M0"]["speedup"]) == 3
     assert "sealed" in claims.verdicts(card)["M0"] and card["revealed"] == {}
     assert len(card["source"]["model"]) == 64 and card["repeated"] == []
+    files, words = ablate.split_words(shlex.split(card["command"])[3:])  # it makes such a card again
+    again = configurator.read(words, trial.TrialConfig).build(trial.TrialConfig)
+    assert [Path(file).name for file in files] == ["idea.py"]
+    assert (again.baselines, again.budget, again.confirm_seeds, again.domains) == ("M0", "30m", 3, "lines")
 
 
 @pytest.mark.slow
@@ -260,6 +267,17 @@ def test_a_killed_trial_loses_one_run(command, tmp_path):
         assert run_here(*command(tmp_path)) == 0
     assert kept == {path: os.stat(path).st_mtime_ns for path in done}
     assert card_in(tmp_path)["baselines"]["M0"]["confirm"]
+
+
+def test_costs_of_rows_with_a_decay_of_their_own(command, tmp_path, monkeypatch):
+    files, words = ablate.split_words([str(word) for word in command(tmp_path)])
+    cfg = configurator.read(words, TrialConfig).build(TrialConfig)
+    decays = {"M0": {"baseline": 0.3, "idea": 0.01}}
+    made = trial.Trial(cfg, "idea", files[0], "cpu", "float32", 2, decays=decays)
+    monkeypatch.setattr(trial, "run_seconds", lambda made, place, row: {"baseline": 2.0, "idea": 3.0}[row])
+    select = Stage("select", Place("M0", cfg.rungs, "lines"), (0, 1))
+    assert {run.row for run in made.pairs(select.place, select.seeds)} == {"baseline-wd0.3", "idea-wd0.01"}
+    assert trial.stage_seconds(made, select) == (2 + 3) * 2 / 2  # two seeds of both rows, two at a time
 
 
 @pytest.mark.slow
