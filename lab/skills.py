@@ -300,7 +300,7 @@ def profile(records):
 
 
 def against_state(records):
-    """Accuracy against the bytes of the state, one panel per task; red: nothing is both smaller and better."""
+    """Accuracy against bytes of state, one panel per task; red and named: nothing is both smaller and better."""
     names = list(dict.fromkeys(record["task"] for record in records))
     across = min(4, len(names))
     down = math.ceil(len(names) / across)
@@ -314,15 +314,17 @@ def against_state(records):
                 groups.setdefault(record["row"], []).append((record["state_bytes"], record["accuracy"]))
         points = {row: tuple(map(statistics.fmean, zip(*each))) for row, each in groups.items()}
         best = front({row: (size, -accuracy) for row, (size, accuracy) in points.items()})
-        heights = spread_out([accuracy for _, accuracy in points.values()], 0.07)
-        for (row, (size, accuracy)), height in zip(points.items(), heights):
+        for row, (size, accuracy) in points.items():
             axes.plot(size, accuracy, "o", color="tab:red" if row in best else "grey", ms=5)
-            axes.text(1.15 * size, height, row, fontsize=6, va="center")
+        named = sorted(best, key=lambda row: points[row][1])
+        heights = spread_out([points[row][1] for row in named], 0.09)
+        for row, height in zip(named, heights):
+            axes.text(1.25 * points[row][0], height, row, fontsize=7, va="center", color="tab:red")
         largest = max(size for size, _ in points.values())
-        axes.set(xscale="log", ylim=(-0.05, max(1.1, *heights)), title=task)
+        axes.set(xscale="log", ylim=(-0.05, max(1.1, max(heights) + 0.08)), title=task)
         axes.set_xlim(right=12 * largest)  # room for its name
         axes.grid(alpha=0.3)
-    figure.supxlabel("bytes of the state after a row\nred: nothing is both smaller and better", fontsize=8)
+    figure.supxlabel("bytes of the state after a row\nred and named: nothing is both smaller and better", fontsize=8)
     figure.supylabel("share of answers that are right", fontsize=8)
     return figure
 
