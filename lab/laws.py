@@ -8,6 +8,8 @@ For given E the law is a line in log K, weighted least squares on log(L - E); E 
 resamples are fitted at once. Errors are counted in log L, large ones linearly (Huber).
 """
 
+import math
+
 import numpy as np
 from scipy import stats
 
@@ -120,12 +122,19 @@ def verdict(found, line, seeds):
     What speedups {K: {"m", "low", "high"}} and their `trend` say of an idea: holds, grows, fades, loses, or undecided
     with the seeds per size that it would take, given how many there were.
     """
-    if all(each["high"] < 1 for each in found.values()):
+    lows, highs = ([found[K][end] for K in sorted(found)] for end in ("low", "high"))
+    crossing = f" (m = 1 at K = {line['even']:.2g})" if line["even"] else ""
+    if max(highs) < 1:
         return "loses"
     if line["high"] < 0:
-        return f"fades (m = 1 at K = {line['even']:.2g})" if line["even"] else "fades"
-    if all(each["low"] > 1 for each in found.values()):
-        return "grows" if line["low"] > 0 else "holds"
-    halves = [np.log(each["high"] / each["low"]) / 2 / max(abs(np.log(each["m"])), 1e-9) for each in found.values()]
-    needed = seeds * max(halves) ** 2
-    return f"undecided (needs {needed:.0f} seeds)" if needed <= MOST_SEEDS else "undecided (no effect in sight)"
+        return f"fades{crossing}"
+    if line["low"] > 0 and lows[-1] > 1:  # better at last, whatever it was at first
+        return "grows" if min(lows) > 1 else f"grows{crossing}"
+    if min(lows) > 1:
+        return "holds"
+    open_ones = [each for each in found.values() if each["low"] <= 1 <= each["high"]]
+    if not open_ones:
+        return "undecided (better and worse without a trend)"
+    halves = [np.log(each["high"] / each["low"]) / 2 / max(abs(np.log(each["m"])), 1e-9) for each in open_ones]
+    needed = max(seeds + 1, math.ceil(seeds * max(halves) ** 2))
+    return f"undecided (needs {needed} seeds)" if needed <= MOST_SEEDS else "undecided (no effect in sight)"

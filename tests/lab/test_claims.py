@@ -161,6 +161,27 @@ def test_verdicts_over_sizes(multiplier, said, slope):
         assert line["even"] == pytest.approx(32e6, rel=0.4) and "m = 1 at K = " in found
 
 
+BETTER, EVEN, WORSE = (1.1, 1.2, 1.3), (0.9, 1.1, 1.3), (0.7, 0.8, 0.9)  # low, m, high
+RISING, FLAT, FALLING = (0.1, 0.3), (-0.2, 0.2), (-0.3, -0.1)  # the slope's interval
+
+
+@pytest.mark.parametrize("sizes, slope, said", [
+    ((WORSE, BETTER, BETTER), RISING, "grows (m = 1 at K = 7.5e+05)"),
+    ((BETTER, BETTER, BETTER), RISING, "grows"),
+    ((BETTER, BETTER, BETTER), FLAT, "holds"),
+    ((BETTER, BETTER, WORSE), FALLING, "fades (m = 1 at K = 7.5e+05)"),
+    ((WORSE, WORSE, WORSE), RISING, "loses"),
+    ((WORSE, BETTER, BETTER), FLAT, "undecided (better and worse without a trend)"),
+    ((BETTER, BETTER, EVEN), FLAT, "undecided (needs 12 seeds)"),  # 3 (log(1.3 / 0.9) / 2 / log 1.1)^2 = 11.2
+    ((BETTER, EVEN, (0.9, 1.1, 1.11)), FLAT, "undecided (needs 12 seeds)"),
+    ((BETTER, BETTER, (0.99, 1.1, 1.2)), FLAT, "undecided (needs 4 seeds)"),  # more than there are, whatever the law
+    ((BETTER, BETTER, (0.9, 1.001, 1.1)), FLAT, "undecided (no effect in sight)"),
+])  # fmt: skip
+def test_verdicts_by_hand(sizes, slope, said):
+    found = {k: dict(zip(("low", "m", "high"), size)) for k, size in zip((1e5, 1e6, 1e7), sizes)}
+    assert laws.verdict(found, {"low": slope[0], "high": slope[1], "even": 745909.0}, 3) == said
+
+
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
