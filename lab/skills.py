@@ -157,7 +157,7 @@ def words_without_positions(config):
     model = GPTConfig(**{k: v for k, v in given.values.items() if k in given.given & vars(GPTConfig()).keys()})
     if model.has("has_scores"):
         return config
-    without = {"pos_embedding": "none", "qk_norm": False}  # of the block's settings, what needs attention
+    without = {"pos_embedding": "none", "qk_norm": False}  # the block's settings that only attention uses
     more = [f"--{name}={value}" for name, value in without.items() if name not in given.given]
     return " ".join([shlex.join(words), *more])
 

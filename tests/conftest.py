@@ -7,21 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
-# compiled code is made here and now: what another CPU, another worker or a killed run left is never loaded
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
 
 import pytest
 from hypothesis import settings
 
-pytest.register_assert_rewrite("helpers", "jobs")
-
-from data.corpus import build_tokenizer, write_dataset  # noqa: E402
-from helpers import DRIVER, LINES, PATIENCE, ROOT, flags, run_here  # noqa: E402
-from jobs import TORCHRUN, finish, workers  # noqa: E402
-from smoke_test import VARIANTS  # noqa: E402
+import environment
+from data.corpus import build_tokenizer, write_dataset
+from helpers import DRIVER, LINES, PATIENCE, ROOT, flags, run_here
+from jobs import TORCHRUN, finish, workers
+from smoke_test import VARIANTS
 
 # CI runs the same examples every time; at a desk, new ones are tried
 settings.register_profile("ci", derandomize=True)
@@ -34,7 +28,7 @@ def pytest_addoption(parser):
 
 
 def pytest_unconfigure():
-    shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+    shutil.rmtree(environment.COMPILED, ignore_errors=True)
 
 
 def variants(config):

@@ -24,11 +24,13 @@ FIXTURES = ROOT / "tests" / "fixtures"
 DRIVER = ROOT / "tests" / "driver.py"
 PATIENCE = 600  # seconds until what never comes is a failure: no measure of speed, for a busy machine has its own
 
-# Rows that between them use most of the code: `make check` runs the cheap contracts on these, `make test` on all
+# Rows that between them use most of the code
 COVERING = {"baseline", "ferope_anchored", "knots_and_rings", "kaufmann_pattern", "fhn_and_softmax", "bio_adaptive"}
 COVERING |= {"mfs_l4_regions", "manifold_e7_spectral", "dfa_grape", "mhc_mla", "sdr", "everything_waves"}
+# Those that `make check` runs the cheap contracts on; `make test` takes all rows
+QUICK = {"baseline", "ferope_anchored", "fhn_and_softmax", "bio_adaptive", "dfa_grape", "mhc_mla"}
 every_row = pytest.mark.parametrize(
-    "name", [name if name in COVERING else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 )
 
 LINES = """\

@@ -129,6 +129,7 @@ def test_autocast_of_the_caller_changes_nothing(kwargs):
         assert torch.equal(ours, want)
 
 
+@pytest.mark.slow
 def test_half_sums_do_not_stall():
     """A key of many small cells: its gradient is summed in float32, where bfloat16 would stop growing."""
     q, k, v = qkv(1, 1, 512, 16, dtype=torch.bfloat16)
@@ -219,6 +220,7 @@ def test_gradcheck(activation, per_head, biased):
     assert torch.autograd.gradcheck(attend, inputs, check_undefined_grad=False)
 
 
+@pytest.mark.slow
 def test_undefined_gradients_are_zeros():
     """What gradcheck tries by default: a backward that is given no gradient at all."""
     q, k, v = (x.requires_grad_() for x in qkv(1, 1, 5, 4, dtype=torch.float64))
@@ -362,6 +364,7 @@ def test_compiled_is_eager():
 # -- the route --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_route_by_brute_force(data):

@@ -83,6 +83,7 @@ def fhn_agrees(B, T, C, seed, dtype, tolerance, dt=0.4, steps=2, with_state=True
 # -- against the plain loops ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-4)])
 def test_scan_and_its_gradients(name, dtype, tolerance):
@@ -260,6 +261,7 @@ def test_no_gradient_to_the_state(T):
     assert state.grad is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
 @pytest.mark.parametrize("T", [1, 50, 1300])
 def test_half_types(T, dtype, tolerance):

@@ -172,6 +172,7 @@ def test_compiles_without_spills():
             assert found["spill"] == 0 and found["shared"] <= aot.SHARED_LIMIT[90], (name, found)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("N", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_carry_backward_by_hand(kind, N):

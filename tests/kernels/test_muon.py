@@ -14,6 +14,7 @@ from smoke_test import LOCAL, SIZE, VARIANTS, build
 RATES = {"matrices": 0.02, "embedding": 0.03, "head": 0.003, "vectors": 0.005}
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(0, 100), st.integers(0, 2**31))
 def test_orthogonalize_moves_singular_values_alone(n, r, more, seed):
@@ -149,6 +150,7 @@ def test_state_goes_on_to_the_last_bit():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

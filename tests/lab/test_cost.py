@@ -22,6 +22,7 @@ def rows(text):
             for line in lines}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_table_beside_the_twin(shakespeare, tmp_path, capsys):
     words = flags(shakespeare, tmp_path / "new", attn_mode="fhn", use_kan=True, max_iters=100)
     assert run_here(*words, "--cost") == 0

@@ -16,6 +16,7 @@ SIZES = {"r0": 0.1e6, "r1": 0.25e6, "r2": 0.6e6, "r3": 1.3e6, "r4": 4.8e6, "r5":
 BASELINES = {"M0": [], "M1": ["config/presets/modern.py"], "M2": ["config/presets/modern_muon.py"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rung", SIZES)
 def test_twenty_bytes_per_parameter(rung):
     first = None

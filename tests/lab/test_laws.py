@@ -28,6 +28,7 @@ def test_a_law_is_found_again():
         fit(K[:2], law(K[:2]))
 
 
+@pytest.mark.slow
 def test_one_bad_point_does_not_bend_the_law():
     """Huber: against scipy's robust fit from many starts, with one loss far off."""
     x = np.geomspace(1e6, 1e9, 8)
@@ -105,6 +106,7 @@ def test_kendall_counts_pairs():
     assert kendall(x, np.exp(x), resamples=50) == pytest.approx((1, 1, 1))
 
 
+@pytest.mark.slow
 def test_kendall_tells_a_probe_that_predicts_from_one_that_does_not():
     rng = np.random.default_rng(1)
     gains = rng.normal(size=16)

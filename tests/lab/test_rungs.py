@@ -38,6 +38,7 @@ def docs(tmp_path, monkeypatch):
     return tmp_path / "docs"
 
 
+@pytest.mark.slow
 def test_the_table(docs, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("# top\n\n<!-- rungs:start -->\nold\n<!-- rungs:end -->\n\nend\n")

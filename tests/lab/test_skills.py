@@ -45,6 +45,7 @@ def test_scores_and_the_table():
     ]
 
 
+@pytest.mark.slow
 def test_pictures_have_a_dot_per_seed_and_name_the_front():
     figure = skills.profile(RECORDS)
     dots = [sum(len(line.get_xdata()) for line in axes.lines[1:]) for axes in figure.axes]

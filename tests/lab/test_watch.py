@@ -47,6 +47,7 @@ def test_a_look_at_two_runs(runs, capsys):
     assert max(heights) == 3.0 and min(heights) == 2.2  # without the untrained model's 4.2
 
 
+@pytest.mark.slow
 def test_other_metrics_and_both_axes_logarithmic(runs, capsys):
     pytest.importorskip("plotext")
     watch.main([str(runs / "slow/lr1-seed0"), "--once", "--metric=loss", "--log_scale"])

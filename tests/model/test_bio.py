@@ -148,6 +148,7 @@ def test_equations(flags):
     assert (model(x) - own_forward(model, x, config(**flags))).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 @given(C=st.integers(1, 9), K=st.integers(1, 5), m=st.integers(0, 5), lateral=st.sampled_from(["concat", "nonlinear"]))
 @settings(max_examples=20, deadline=None)
 def test_any_slicing(C, K, m, lateral):
@@ -281,6 +282,7 @@ def adaptive(target=0.7, seed=0):
     return layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.2, 0.7])
 def test_thresholds_find_their_target(target):
     layer = adaptive(target)

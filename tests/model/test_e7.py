@@ -91,6 +91,7 @@ def test_generators():
     assert torch.equal(E[63:], -E[:63].mT)
 
 
+@pytest.mark.slow
 def test_commutators_close():
     """[E_a, E_b] = eps E_{a+b}, or minus the coroot of a where b = -a, or 0: of every fifth root with all."""
     place = {tuple(r): i for i, r in enumerate(ROOTS.tolist())}
@@ -236,6 +237,7 @@ def test_cartan_is_orthonormal_and_follows_the_chain():
         assert touched[k] > 0.1 and (touched[k + 1 :] < 1e-12).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 3), st.integers(0, 99))
 def test_apply_is_the_matrix(shape, m, seed):
@@ -340,6 +342,7 @@ def test_lattice_is_e7():
     assert ((q - x).square().sum(-1)[:, None] <= others + 1e-12).all()
 
 
+@pytest.mark.slow
 def test_second_moment():
     """0.0732306 after Conway & Sloane, by Monte Carlo over a period (sqrt 2)^7; volume of a cell sqrt 2."""
     x = torch.rand(400_000, 7, generator=torch.Generator().manual_seed(0)) * 2**0.5

@@ -73,6 +73,7 @@ def test_where_the_window_slides_the_two_kinds_differ():
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[2], logits[3])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.sampled_from(["learned", "none"]), st.lists(st.integers(1, 5), min_size=1, max_size=8), st.integers(1, 3))
 def test_logits_fed_in_chunks(pos, chunks, B):

@@ -72,6 +72,7 @@ def anchors_of(length, min_gap, jitter, seed):
 lengths, gaps, jitters, seeds = st.integers(1, 600), st.integers(1, 80), st.integers(0, 80), st.integers(0, 2**32)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(lengths, gaps, jitters, seeds)
 def test_anchors_are_a_poisson_disk_set(length, min_gap, jitter, seed):
@@ -84,6 +85,7 @@ def test_anchors_are_a_poisson_disk_set(length, min_gap, jitter, seed):
     assert distance.max() <= max(min_gap - 1, jitter)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(lengths, gaps, jitters, seeds)
 def test_a_cell_is_what_is_nearest_to_its_anchor(length, min_gap, jitter, seed):
@@ -93,6 +95,7 @@ def test_a_cell_is_what_is_nearest_to_its_anchor(length, min_gap, jitter, seed):
     assert cell[0] == 0 and cell[-1] == len(anchors) - 1 and set(cell.diff().tolist()) <= {0, 1}
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(lengths, gaps, jitters, seeds)
 def test_anchors_depend_on_their_generator_alone(length, min_gap, jitter, seed):
@@ -192,6 +195,7 @@ def test_scores_depend_on_relative_positions_alone(shift, freqs):
     near(here, there, 1e-10)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 3000), seeds)
 def test_a_cell_moved_with_its_content_keeps_its_scores(shift, seed):
@@ -306,6 +310,7 @@ def test_rings_by_brute_force(rings):
     assert cells.route.mask().tolist() == want
 
 
+@pytest.mark.slow
 @variants
 def test_only_what_the_route_allows_is_read(flags):
     """One layer: a logit changes if and only if a key that its position can reach does."""
@@ -318,6 +323,7 @@ def test_only_what_the_route_allows_is_read(flags):
     assert torch.equal((difference > 1e-10).mT, mask)  # other sizes of batch round otherwise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [VARIANTS[n] for n in ("sparse", "no rings", "sparse anchored", "anchored")])
 @pytest.mark.parametrize("size", [1, 5, 20, 63])
 def test_cropping_slices_the_cells(flags, size, tmp_path):
@@ -346,6 +352,7 @@ def test_loading_other_cells_rebuilds_the_route(flags):
     assert torch.equal(all_logits(model, idx), all_logits(saved, idx))
 
 
+@pytest.mark.slow
 @variants
 def test_models_can_be_copied_and_pickled(flags):
     """As torch.save(model) and processes that are handed one need."""
@@ -357,6 +364,7 @@ def test_models_can_be_copied_and_pickled(flags):
 # -- bugs of the public original, by name -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @variants
 def test_anchors_are_not_redrawn(flags):
     """Not by a forward, its mode, the batch's shape or the global generator."""
@@ -374,6 +382,7 @@ def test_anchors_are_not_redrawn(flags):
     assert all(torch.equal(a, b) for a, b in zip(buffers, GPT(other.config).buffers(), strict=True))
 
 
+@pytest.mark.slow
 @variants
 def test_cells_do_not_depend_on_the_length_of_the_batch(flags):
     """No cell is cut or filled otherwise because the text ends in its middle: every prefix says what the text says."""
@@ -401,6 +410,7 @@ def test_no_mask_is_as_large_as_the_text_squared():
     assert greediest(model, tokens(B=1, T=T)) >= T * T  # the measure would see one
 
 
+@pytest.mark.slow
 def test_one_unit_of_position():
     """Tokens: neighbours in a cell are W radians apart, absolute or anchored, read at once or stepwise."""
     for flags in ({"use_ferope": True}, ANCHORED):
@@ -452,6 +462,7 @@ def test_memory_stays_bounded_over_a_long_text():
     assert sizes[False][-1] > 8 * sizes[False][100]
 
 
+@pytest.mark.slow
 @variants
 def test_every_chunking_gives_the_full_forward(flags):
     model = small(**flags)
@@ -470,6 +481,7 @@ def test_every_chunking_gives_the_full_forward(flags):
         check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [VARIANTS[n] for n in ("sparse", "two rings", "anchored", "sparse anchored")])
 def test_generation_beyond_the_block_slides_or_goes_on(flags):
     """With a learned position table the last block is what there is; without one, cells go on."""
@@ -533,6 +545,7 @@ def test_a_head_of_one_dimension_cannot_rotate():
         GPTConfig(n_embd=2, n_head=2, use_ferope=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 24), st.integers(-2, 14), st.integers(-1, 3), st.integers(-1, 3), st.integers(-1, 3))
 def test_what_is_not_refused_runs(head_dim, m, min_gap, jitter, rings):

@@ -73,6 +73,7 @@ def naive_log_probs(facets, log_prior, weight):
     return p.log()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(
     N=st.integers(1, 9), C=st.integers(1, 6), V=st.integers(1, 12), K=st.integers(1, 3), P=st.integers(1, 4),
@@ -326,6 +327,7 @@ def test_costs_at_most_twice_the_linear_head():
 # Auxiliary heads ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -374,6 +376,7 @@ def test_auxiliary_heads_by_hand(flags):
 # Windows and slates -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(T=st.integers(1, 9), n=st.integers(1, 12), cut=st.integers(0, 9), seed=st.integers(0, 9))
 def test_windows_by_hand(T, n, cut, seed):

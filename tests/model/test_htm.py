@@ -115,6 +115,7 @@ def test_each_column_moves_by_its_factor():
     assert torch.equal(moved["transformer.wte.weight"], base["transformer.wte.weight"])  # belongs to no column
 
 
+@pytest.mark.slow
 def test_momentum_fades_whatever_the_factor():
     """beta1 times the factor stays below 1, so a first moment without new gradients goes to 0."""
     model, idx = build(FLAGS | {"htm_meta_target": "momentum", "htm_meta_strength": 1.0})

@@ -96,6 +96,7 @@ def test_edges_are_the_layer_of_ikan(kind, theirs):
 # -- the kernels ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(
     form=st.sampled_from(list(FORMS)),
     kind=st.sampled_from(list(WAVELETS)),
@@ -118,6 +119,7 @@ def test_kernels_equal_their_references(form, kind, shape, channels, n, chunk):
     assert error(got, want) < 1e-11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WAVELETS)
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form, kind):

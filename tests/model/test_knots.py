@@ -74,6 +74,7 @@ def test_separated_curves():
     assert not linking_numbers(a, b).any()
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(3, 12), st.integers(3, 12), st.floats(-9, 9))
 def test_linking_number_symmetries(seed, n, m, log_scale):
@@ -120,6 +121,7 @@ def test_against_topoly_and_gaussbio3d():
     assert len({round(case["topoly_closed"]) for case in FIXTURE["curves"]}) > 3
 
 
+@pytest.mark.slow
 def test_random_octagons():
     """Why knot_threshold is 2: of closed octagons with normal vertices more than half link, one in eight twice."""
     a, b = draw(5, 20000, 8, 3), draw(6, 20000, 8, 3)
@@ -202,6 +204,7 @@ def test_gauss_integral_from_the_closing_chords(dtype, tolerance):
     assert whole.abs().max() > 1
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 8), st.integers(2, 8), st.floats(-9, 9))
 def test_gauss_integral_symmetries(seed, n, m, log_scale):
@@ -307,6 +310,7 @@ def choice_by_loops(linking, threshold, k, first=0):
     return chosen
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([0, 1, 2, 1.5]), st.integers(1, 5))
 def test_choice_by_loops(seed, C, threshold, k):
@@ -340,6 +344,7 @@ def gate(**flags):
     return KnotGate(config, Cells(config, 0)).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"knot_learned_threshold": True}])
 def test_gate_by_loops(flags):
     """The relation and biases, from scalar linking numbers and integrals of each pair."""

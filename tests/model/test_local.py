@@ -125,6 +125,7 @@ def test_equals_biotorch(name):
     assert math.degrees(math.acos(cosine.item())) == pytest.approx(theirs["angle"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_sign_feedback_angles_and_scale():
     """angle(W, sign W) = acos(E|w| / sqrt(E w^2)): 30 degrees for uniform weights, 37.07 for Gaussian ones."""
     for W, degrees in ((2 * torch.rand(2000, 2000) - 1, 30.0), (torch.randn(2000, 2000), 37.07)):
@@ -319,6 +320,7 @@ def test_skip_control_hands_the_streams_error_to_every_tap():
     assert not [n for n in model.state_dict() if "dfa" in n]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fa", "sign_sym", "dfa"])
 def test_forward_is_the_same_by_every_rule(method):
     model, idx = build(method=method)
@@ -392,6 +394,7 @@ def test_a_turn_keeps_zeros():
     assert torch.equal(turned == 0, B == 0) and not torch.allclose(turned, B)
 
 
+@pytest.mark.slow
 def test_grape_aligns_feedback_with_the_weights():
     model, idx = build(method="fa", fa_grape=True, fa_grape_every=1)
     optimizer = model.configure_optimizers(0.0, 1e-9, (0.9, 0.95), "cpu")
@@ -430,6 +433,7 @@ def test_tap_jacobians(flags):
         assert torch.allclose(M[l] / 3000, wanted, atol=0.15 * wanted.abs().max().item())
 
 
+@pytest.mark.slow
 def test_dfa_grape_turns_taps_towards_their_jacobians():
     model, idx = build(method="dfa", fa_grape=True, fa_grape_every=1, fa_grape_n_probe=4)
     optimizer = model.configure_optimizers(0.0, 1e-9, (0.9, 0.95), "cpu")
@@ -711,6 +715,7 @@ def test_refusals(flags, named):
         GPTConfig(**flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fa", "sign_sym", "dfa"])
 @pytest.mark.parametrize("pattern", ["fhn", "fhn,softmax"])
 def test_waves_come_back_under_every_rule(method, pattern, tmp_path):

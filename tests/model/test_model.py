@@ -71,6 +71,7 @@ def test_without_position_table():
     assert list(small(pos_embedding="none").state_dict()) == list(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "n_layer, n_head, n_embd, count",
     [(12, 12, 768, 124_439_808), (24, 16, 1024, 354_823_168), (36, 20, 1280, 774_030_080), (48, 25, 1600, 1557611200)],
@@ -335,6 +336,7 @@ def reference_attention(q, k, v):
 
 
 # bfloat16 keeps 8 bits: 2^-8 relative a rounding, a few roundings in a row
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("T", [1, 2, 77, 512, 513])
 def test_causal_attention_and_its_gradients(T, dtype, tol):

@@ -56,6 +56,7 @@ def test_orthogonal_over_a_common_period(q, r):
     assert (ramanujan_sum(q, n) * ramanujan_sum(r, n)).sum() == wanted
 
 
+@pytest.mark.slow
 @given(Q, st.lists(N, min_size=1, max_size=20))
 def test_tensors_and_ints_agree(q, n):
     sums = ramanujan_sum(q, torch.tensor(n))
@@ -156,6 +157,7 @@ def with_stimulus(model, idx, sizes=None):
     return logits, torch.cat(found, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [None, (1,) * 24, (9, 1, 14)])
 def test_resonance_scales_the_stimulus_by_the_wave_of_its_position(sizes):
     plain, resonant = kaufmann(), kaufmann(kaufmann_resonance=True)
@@ -184,6 +186,7 @@ def test_the_gate_of_the_resonance_learns_first_and_then_its_wave():
             resonance.g -= 0.1 * resonance.g.grad.sign()
 
 
+@pytest.mark.slow
 def test_resonance_ends_where_positions_end():
     model = kaufmann(kaufmann_resonance=True)
     with pytest.raises(ValueError, match="block_size is 24"):

@@ -10,6 +10,7 @@ from smoke_test import CELLS, SIZE
 SHAPES = {"C": st.integers(1, 14), "rings": st.integers(0, 3), "region_size": st.integers(1, 4)}
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(**SHAPES, edges=st.integers(0, 4))
 def test_relation(C, rings, region_size, edges):
@@ -34,6 +35,7 @@ def heard_by(c, x, starts, region_size, rings, hops):
     return values.get(last, torch.zeros((), dtype=x.dtype))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(**SHAPES, hops=st.integers(1, 3), seed=st.integers(0, 9))
 def test_feedback(C, rings, region_size, hops, seed):

@@ -128,6 +128,7 @@ def test_sinkhorn_survives_extreme_logits(size):
 # The kernels.
 
 
+@pytest.mark.slow
 def test_kernels_pass_gradcheck():
     g = torch.Generator().manual_seed(0)
     x, pre, res, f, W = (
@@ -324,6 +325,7 @@ def test_compiles(mode):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(rho=st.floats(0.01, 3), scale=st.floats(0.01, 10), seed=st.integers(0, 99))
 def test_steps_stay_within_reach_and_their_gradient_is_the_difference_quotient(rho, scale, seed):

@@ -394,6 +394,7 @@ def case(request):
     return SDREmbedding(cfg).double(), torch.randint(cfg.vocab_size, (2, 80), generator=seeded())
 
 
+@pytest.mark.slow
 def test_contracts(case):
     """Causal to the last bit, the same for prefixes and for single rows, and in pieces."""
     m, idx = case

@@ -323,6 +323,7 @@ def content(tmp_path_factory):
     return path.read_bytes()
 
 
+@pytest.mark.slow
 def test_truncated_files(content, tmp_path):
     assert try_load(tmp_path / "ckpt.pt", content)
     lengths = {0, 1, 2, 3, 4, 10, 100, len(content) - 1, len(content) - 22, *range(0, len(content), 397)}
@@ -589,6 +590,7 @@ def test_nanogpts_checkpoint_loads_strictly(compiled, bias, tmp_path):
     assert "h.1.ln_2.weight" in refusal(tmp_path / "ckpt.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_nanogpts_run_goes_on(dtype, shakespeare, tmp_path):
     vocab_size = load_meta(shakespeare)["vocab_size"]

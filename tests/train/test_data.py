@@ -261,6 +261,7 @@ def test_byte_round_trip(text):
     assert ids == [b + 3 for b in text.encode()] and tokenizer.decode(ids) == text
 
 
+@pytest.mark.slow
 @given(ANY_TEXT)
 @settings(deadline=None)
 def test_gpt2_round_trip(text):
@@ -281,6 +282,7 @@ def test_gpt2_is_tiktokens_and_special_text_is_text():
     assert 50256 not in tokenizer.encode("a<|endoftext|>b")
 
 
+@pytest.mark.slow
 @given(ANY_TEXT)
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_sentencepiece_round_trip(sentencepiece_tokenizer, text):
@@ -306,6 +308,7 @@ def test_char_names_what_it_does_not_know():
         corpus.Char("abc").encode("a\u00e9b\u65e5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["char", "byte", "gpt2", "sentencepiece"])
 def test_ids_outside_become_replacement_characters(kind, request):
     by_name = {"char": lambda: corpus.Char("abc"), "byte": corpus.Byte, "gpt2": shared_gpt2}
@@ -456,6 +459,7 @@ def test_a_dangling_meta_is_not_gpt2s(tmp_path):
         corpus.load_meta(tmp_path)
 
 
+@pytest.mark.slow
 def test_changed_bytes_of_a_data_set_are_told(tmp_path):
     """Of meta.json and of the bins: the first and last bytes, and a hundred others; one bit or all eight."""
     small_dataset(tmp_path)
@@ -677,6 +681,7 @@ def test_files_are_read_for_what_they_are(name, content, encoding, tmp_path, mon
     assert list(reader.local_documents(tmp_path / name)) == TEXTS
 
 
+@pytest.mark.slow
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.sampled_from("a\n\r\u00e9\U0001f600"), max_size=40), chunk=st.integers(1, 9))
 def test_paragraphs_are_what_lies_between_empty_lines(text, chunk, tmp_path, monkeypatch):
@@ -869,6 +874,7 @@ def in_process(owt, monkeypatch, *args):
     owt.main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 6, 7, 8])
 def test_a_stop_at_any_rename_is_repaired(owt, stop_at, tmp_path, monkeypatch):
     """The renames of a run: progress.json (several), the mark, train.bin, val.bin, meta.json. Die at the n-th."""
@@ -925,6 +931,7 @@ def test_damaged_unfinished_work_is_told(owt, damage, tmp_path, monkeypatch, cap
     assert stop.value.code == 2 and "--restart" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{"documents": "5"}, {"documents": -1}, {"digest": 5}, {"digest": "zz"}, {"bin_bytes": []},

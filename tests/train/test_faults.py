@@ -160,6 +160,7 @@ def test_configurations_are_refused_by_name_or_work(examples):
     attempt()
 
 
+@pytest.mark.slow
 @TIERS
 def test_pairs_of_rows_come_back(examples, tmp_path):
     """Two rows merged: refused, or saved, loaded and written with, to the same logits (contract 12)."""
@@ -217,6 +218,7 @@ def test_flipped_bytes_are_told_or_change_nothing(flips, trained, tmp_path):
     assert told > 0.6 * flips  # the rest is padding between records
 
 
+@pytest.mark.slow
 def test_sixty_flipped_bytes_of_weights_and_moments_are_all_told(trained, tmp_path):
     whole, path = (trained / "ckpt_last.pt").read_bytes(), tmp_path / "ckpt.pt"
     rng = random.Random(1)
@@ -259,6 +261,7 @@ SUBSTITUTES = ["gone", None, "x", -1, 0, 2.5, True, math.nan, math.inf, 2**40, [
                torch.zeros(2, 2, dtype=torch.int64), torch.tensor(1.5), "\u65e5" * 100, {"a": [1]}]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", [5, pytest.param(300, marks=pytest.mark.slow)])
 def test_impossible_contents_of_a_checkpoint(examples, trained, tmp_path):
     """Any value in it replaced by another: train.py and sample.py go on, or refuse it in one line."""
@@ -317,6 +320,7 @@ TEXTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", corpus.TOKENIZERS)
 @pytest.mark.parametrize("name", TEXTS)
 def test_texts_of_all_kinds(name, kind, tmp_path, monkeypatch, request):

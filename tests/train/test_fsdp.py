@@ -192,6 +192,7 @@ def test_one_process_under_torchrun_is_a_world_of_one(shakespeare, tmp_path):
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "shared"), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_without_torchrun_there_is_nothing_to_share_out(shakespeare, tmp_path, capsys):
     """And so the run is that of one process, to the last bit, and says so."""
     assert run_here(*flags(shakespeare, tmp_path / "ddp")) == 0

@@ -48,6 +48,7 @@ def test_same_to_the_last_bit(name):
     assert same(trained(config, False), trained(config, True))
 
 
+@pytest.mark.slow
 def test_what_counts_in_forward_would_count_twice(monkeypatch):
     """The test above would see it: without the undoing, this row differs (in "bio_adaptive" twice cancels out)."""
     config = GPTConfig(**SIZES | VARIANTS["fhn_partitioned"])
@@ -89,6 +90,7 @@ def test_compiled_counts_are_refused(name):
         check_memory_savers(TrainConfig(activation_checkpointing=True, compile=True), model, torch.float32, world)
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resume(shakespeare, tmp_path):
     given = {"dropout": 0.1, "lr_decay_iters": 6}
     assert run_here(*flags(shakespeare, tmp_path / "kept", **given)) == 0

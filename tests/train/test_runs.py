@@ -48,6 +48,7 @@ def refusal(capsys, *words):
 # Whose data and whose weights.
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys):
     """As many characters, as many tokens, only others; then the same folder prepared again from another text."""
     here, out = dataset(tmp_path / "one", "abcdefgh \n" * 40), tmp_path / "out"
@@ -66,6 +67,7 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys):
     assert run_here(*again, "--dataset=two") == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_data_id_is_compared_by_what_it_knows(run_folder, shakespeare, tmp_path, capsys):
     checkpoint = load_checkpoint(run_folder / "ckpt_last.pt")
     del checkpoint["data_id"]
@@ -77,6 +79,7 @@ def test_a_checkpoint_from_before_data_id_is_compared_by_what_it_knows(run_folde
     assert run_here(*again) == 0
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_from_another_runs_weights(trained, shakespeare, tmp_path, capsys):
     """Its weights and shape; best loss, step and data order are new. The text may be another, the tokens may not."""
     chars = corpus.load_meta(shakespeare)["chars"]
@@ -143,6 +146,7 @@ def test_ids_without_a_meaning_are_not_written(tmp_path):
 # Going on: what is kept, what is measured otherwise, what was counted.
 
 
+@pytest.mark.slow
 def test_the_best_loss_is_forgotten_where_it_is_measured_otherwise(run_folder, capsys):
     checkpoint = load_checkpoint(run_folder / "ckpt_last.pt")
     save_checkpoint(run_folder / "ckpt_last.pt", checkpoint | {"best_val_loss": 0.5})
@@ -218,6 +222,7 @@ def test_nanogpts_own_settings_are_honoured(shakespeare, tmp_path, capsys):
 # Damage in what a checkpoint says.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, told",
     [
@@ -395,6 +400,7 @@ def test_eval_only_with_nan_is_an_error(run_folder, capsys):
     assert "nan" in refusal(capsys, f"--out_dir={run_folder}", "--init_from=resume", "--eval_only")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_weights_that_are_not_finite_are_never_saved(stopped, shakespeare, tmp_path, monkeypatch, capsys):
     """The loss of the step was still fine; then an evaluation follows, or SIGTERM."""
@@ -596,6 +602,7 @@ def test_escape_sequences_are_shown_not_obeyed(tmp_path, capsys):
 # Paths, values, trackers.
 
 
+@pytest.mark.slow
 def test_paths_as_a_shell_would_write_them(shakespeare, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
@@ -684,6 +691,7 @@ class FakeWandb:
         pass
 
 
+@pytest.mark.slow
 def test_wandbs_own_variables_are_respected(shakespeare, tmp_path, monkeypatch, capsys):
     for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)

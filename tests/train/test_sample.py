@@ -423,6 +423,7 @@ def test_escapes_in_prompts_and_stops(text):
     assert text("--start=HAMLET: ", "--max_new_tokens=200", r"--stop=\n").count("\n") <= 1
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 258), max_size=40), st.lists(st.sampled_from(["a", "\n\n", "\u00e9"]), max_size=2))
 @example(ids=[240, 163], stops=[])  # the beginning of a surrogate, which is two errors and no half character

@@ -164,6 +164,7 @@ def test_what_follows_is_what_is_asked():
         assert (idx[:, 1:][asked] == targets[:, :-1][asked]).all() and (targets[:, -1] == -1).all(), name
 
 
+@pytest.mark.slow
 def test_mqar_asks_soon_rather_than_late():
     """The places of the questions have the probabilities (g + 1)^(a - 1); of one pair, a single draw."""
     _, targets = TASKS["mqar"](np.random.default_rng(0), 4000, vocab_size=64, T=18, n=1)
@@ -278,6 +279,7 @@ def test_rows_are_read_whole_with_their_own_targets(rows):
     assert seen == sorted(made["val"][0].tolist())
 
 
+@pytest.mark.slow
 def test_training_measures_accuracy_and_takes_its_sizes_from_the_rows(rows, tmp_path):
     given = {k: v for k, v in TINY.items() if k != "block_size"}
     given |= {"data_dir": rows.parents[1], "dataset": "skills/mqar", "out_dir": tmp_path}

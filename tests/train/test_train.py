@@ -88,6 +88,7 @@ def test_resume_is_exact(number, shakespeare, straight, tmp_path):
             assert same(a[part], b[part]), (name, part)
 
 
+@pytest.mark.slow
 def test_the_line_that_says_how_to_resume(shakespeare, tmp_path, monkeypatch, capsys):
     """It can be pasted into a shell, whatever the folder is called."""
     step = train.Trainer.step
@@ -144,6 +145,7 @@ def test_resume_refuses_another_architecture(shakespeare, tmp_path, capsys):
     assert load_checkpoint(tmp_path / "ckpt_last.pt")["model_args"]["dropout"] == 0.2
 
 
+@pytest.mark.slow
 def test_resume_takes_optimizer_settings_that_are_given(shakespeare, tmp_path):
     assert run_here(*flags(shakespeare, tmp_path)) == 0
     given = ["--weight_decay=0.5", "--beta1=0.8", "--beta2=0.99"]
@@ -153,6 +155,7 @@ def test_resume_takes_optimizer_settings_that_are_given(shakespeare, tmp_path):
     assert tuple(decays["betas"]) == tuple(stays["betas"]) == (0.8, 0.99)
 
 
+@pytest.mark.slow
 def test_init_from_auto_starts_where_there_is_nothing(shakespeare, tmp_path):
     assert run_here(*flags(shakespeare, tmp_path, init_from="auto", max_iters=2)) == 0
     assert run_here(*flags(shakespeare, tmp_path, init_from="auto", max_iters=4)) == 0
@@ -287,6 +290,7 @@ def test_the_schedule_is_what_the_optimizer_gets(straight):
 MUON = {"optimizer": "muon", "muon_lr": 0.01, "emb_lr": 0.02, "scalar_lr": 0.004, "tie_weights": False}
 
 
+@pytest.mark.slow
 def test_muon_learns_resumes_exactly_and_says_who_gets_what(shakespeare, tmp_path, capsys):
     given = MUON | {"lr_decay_iters": 8, "norm": "rms", "bias": False}
     assert run_here(*flags(shakespeare, tmp_path / "straight", max_iters=8, **given)) == 0
@@ -361,6 +365,7 @@ def test_measuring_formats_takes_under_half_a_second_and_no_random_number():
     assert elapsed < 0.5 or elapsed < 20 * sum(seconds.values())  # 12 rounds of each on a machine that is busy
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_format(shakespeare, tmp_path, monkeypatch, capsys):
     formats(monkeypatch, float32=0.01, bfloat16=0.001)
     assert run_here(*flags(shakespeare, tmp_path, dtype="auto")) == 0
@@ -465,6 +470,7 @@ def test_eval_only_writes_nothing(shakespeare, tmp_path, capsys):
     assert f"val_loss {history(tmp_path)[-1]['val_loss']:.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_always_save_checkpoint_off_saves_only_better_ones(shakespeare, tmp_path):
     """With a learning rate that makes it worse, the checkpoint of the first evaluation stays."""
     given = {"always_save_checkpoint": False, "learning_rate": 0.5, "eval_full": True, "grad_clip": 0}
@@ -530,6 +536,7 @@ def test_a_poisoned_weight_stops_the_run(poisoned_at, shakespeare, tmp_path, mon
     assert run_here(f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=6") == 0
 
 
+@pytest.mark.slow
 def test_a_stop_after_a_poisoned_step_keeps_the_last_good_checkpoint(shakespeare, tmp_path, monkeypatch, capsys):
     """The gradient of the last step is no number, and no loss after it was seen."""
     step = train.Trainer.step
@@ -614,6 +621,7 @@ def test_compile(shakespeare, tmp_path, cli):
 # What a run tells.
 
 
+@pytest.mark.slow
 def test_metrics(shakespeare, tmp_path):
     given = {"gradient_accumulation_steps": 3, "log_interval": 2, "max_iters": 7}
     assert run_here(*flags(shakespeare, tmp_path, **given)) == 0
@@ -646,6 +654,7 @@ def test_run_json(shakespeare, tmp_path):
     assert (facts["git_commit"] or "").rstrip("+") == head
 
 
+@pytest.mark.slow
 def test_what_the_terminal_shows(shakespeare, tmp_path, capsys):
     assert run_here(*flags(shakespeare, tmp_path)) == 0
     out = capsys.readouterr().out.splitlines()
@@ -767,6 +776,7 @@ def test_gpt2_without_a_network(shakespeare, tmp_path, cli):
     assert done.stderr.strip().splitlines()[-1].startswith("train.py: error: --init_from=gpt2: ")
 
 
+@pytest.mark.slow
 def test_data_without_meta_is_scanned(shakespeare, tmp_path, capsys):
     """nanoGPT's own data sets: uint16, no meta.json. A stray id is told at once, wherever it is."""
     folder = tmp_path / "old"
@@ -934,6 +944,7 @@ def test_nanogpts_config_files_are_understood(name, tmp_path, capsys):
         assert resolved[key] == wanted[key]
 
 
+@pytest.mark.slow
 def test_nanogpts_config_trains(shakespeare, tmp_path):
     (tmp_path / "c.py").write_text(NANOGPT["train_shakespeare_char.py"])
     words = flags(shakespeare, tmp_path / "out")

@@ -96,6 +96,7 @@ def test_a_horizon_is_a_run_of_that_length(straight, shakespeare, tmp_path):
         assert alone == losses(straight)[:18] + losses(straight)[20 if horizon == 40 else 18 :][: horizon - 18]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [19, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (17, 20, 21, 30))])
 def test_a_stop_anywhere_changes_nothing(stop, straight, shakespeare, tmp_path):
     assert run_here(*flags(shakespeare, tmp_path, max_iters=stop, **WSDS)) == 0
@@ -108,6 +109,7 @@ def test_a_stop_anywhere_changes_nothing(stop, straight, shakespeare, tmp_path):
     assert last[0] == last[1]
 
 
+@pytest.mark.slow
 def test_without_the_trunk_there_is_no_way_back(shakespeare, tmp_path, capsys):
     assert run_here(*flags(shakespeare, tmp_path, max_iters=19, **WSDS)) == 0
     (tmp_path / "ckpt_stable.pt").unlink()
