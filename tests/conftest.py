@@ -1,4 +1,7 @@
-"""What several test files share: a small data set, and scripts run as a user runs them."""
+"""What several test files share: a small data set, and scripts run as a user runs them.
+
+What imports torch is imported where it is used: the process that hands out tests to workers runs none of them.
+"""
 
 import difflib
 import os
@@ -12,10 +15,6 @@ import pytest
 from hypothesis import settings
 
 import environment
-from data.corpus import build_tokenizer, write_dataset
-from helpers import DRIVER, LINES, PATIENCE, ROOT, flags, run_here
-from jobs import TORCHRUN, finish, workers
-from smoke_test import VARIANTS
 
 # CI runs the same examples every time; at a desk, new ones are tried
 settings.register_profile("ci", derandomize=True)
@@ -37,6 +36,10 @@ def variants(config):
 
 
 def pytest_configure(config):
+    if not variants(config):
+        return
+    from smoke_test import VARIANTS
+
     for name in variants(config):
         if name not in VARIANTS:
             near = difflib.get_close_matches(name, VARIANTS, 5, 0.4)
@@ -63,6 +66,9 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def shakespeare(tmp_path_factory):
     """A prepared folder DATA_DIR/shakespeare_char: 18,000 characters of few lines in random order, a tenth is val."""
+    from data.corpus import build_tokenizer, write_dataset
+    from helpers import LINES
+
     rng = random.Random(0)
     text = "".join(rng.choice(LINES) for _ in range(440))[:18_000]
     train, val = text[:16_200], text[16_200:]
@@ -74,6 +80,8 @@ def shakespeare(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(shakespeare, tmp_path_factory):
     """The folder of a finished tiny run."""
+    from helpers import flags, run_here
+
     out = tmp_path_factory.mktemp("trained")
     assert run_here(*flags(shakespeare, out)) == 0
     return out
@@ -93,6 +101,7 @@ def cli():
 
     Runs with the tests' own Python. The exit status is not checked. With `input` in bytes all streams are bytes.
     """
+    from helpers import PATIENCE, ROOT
 
     def run(script, *args, input=None, env=None, cwd=None, timeout=PATIENCE):
         text = {} if isinstance(input, bytes) else {"text": True, "encoding": "utf-8"}
@@ -109,16 +118,19 @@ def cli():
 @pytest.fixture
 def start():
     """start(*words, script=train.py): two processes under torchrun. What a failed test leaves running is ended."""
-    jobs = []
+    from helpers import ROOT
+    from jobs import TORCHRUN, workers
+
+    running = []
 
     def run(*words, script=ROOT / "train.py", **env):
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        jobs.append(subprocess.Popen([*TORCHRUN, script, *words], **pipes, env=env))
-        return jobs[-1]
+        running.append(subprocess.Popen([*TORCHRUN, script, *words], **pipes, env=env))
+        return running[-1]
 
     yield run
-    for job in jobs:
+    for job in running:
         if job.poll() is None:
             for pid in [*workers(job), job.pid]:
                 os.kill(pid, signal.SIGKILL)
@@ -128,6 +140,8 @@ def start():
 @pytest.fixture
 def together(start):
     """together(*words): what a run of two processes in float64 prints, which must end well."""
+    from helpers import DRIVER
+    from jobs import finish
 
     def run(*words):
         status, stdout, stderr = finish(start(*words, script=DRIVER, FLOAT64="1"))

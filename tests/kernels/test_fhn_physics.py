@@ -12,6 +12,8 @@ import model
 from kernels.fhn import REST_V, REST_W, fhn_propagate
 from model import GPT, FHNAttention, FHNDynamics, FHNMedium, GPTConfig, fhn_bound, fhn_eps_limit
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"block_size": 64, "vocab_size": 17, "n_layer": 1, "n_head": 2, "n_embd": 16}
 
 
@@ -68,7 +70,6 @@ def test_hopf_points():
 
 
 @pytest.mark.parametrize("imex", [True, False])
-@pytest.mark.slow
 def test_limit_cycle(imex):
     dt = 0.02
     v, _ = run(FHNDynamics(), [-1.0], [-0.5], 0.5, dt, int(130 / dt), imex=imex)
@@ -78,7 +79,6 @@ def test_limit_cycle(imex):
     assert (v.min(), v.max()) == pytest.approx((-1.970, 1.852), abs=0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("imex", [True, False])
 def test_first_order_towards_scipy(imex):
     exact = solve_ivp(field, (0, 8), (-1.0, -0.5), method="DOP853", rtol=1e-12, atol=1e-12, args=(0.5,)).y[:, -1]
@@ -93,7 +93,6 @@ def test_first_order_towards_scipy(imex):
 # The chain ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("imex", [True, False])
 def test_chain_against_scipy(imex):
     T, coupling, I = 5, 1.5, 0.4
@@ -124,7 +123,6 @@ def front(dynamics, coupling, time, T=4, dt=0.4, **how):
 
 @pytest.mark.parametrize("imex", [True, False])
 @pytest.mark.parametrize("threshold", [0.2, 0.4])
-@pytest.mark.slow
 def test_one_way_front_passes_iff_the_coupling_exceeds_a_quarter_of_the_threshold_squared(imex, threshold):
     """g (1 - u) + u (1 - u) (u - a) > 0 on [0, 1) iff g > a^2 / 4, where u (a - u) is largest: at u = a / 2."""
     nagumo = FHNDynamics(threshold=threshold)
@@ -132,7 +130,6 @@ def test_one_way_front_passes_iff_the_coupling_exceeds_a_quarter_of_the_threshol
     assert front(nagumo, 1.3 * threshold**2 / 4, 1200, imex=imex) == 4
 
 
-@pytest.mark.slow
 def test_two_way_front_speed():
     """sqrt(D / 2) (1 - 2a) of the continuum, D large enough that sites are dense in the front."""
     D, threshold = 40.0, 0.25

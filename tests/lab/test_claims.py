@@ -11,6 +11,8 @@ from scipy import stats
 from helpers import ROOT
 from lab import claims, laws, pictures
 
+pytestmark = pytest.mark.slow
+
 
 def gap(idea, shift=0.0, spread=0.002, seeds=5, rng=0):
     """A comparison whose idea is `shift` nats off the baseline, with this spread of differences."""
@@ -88,7 +90,6 @@ def test_holms_family_is_all_cards():
     )
 
 
-@pytest.mark.slow
 def test_a_card_is_written_and_what_was_added_by_hand_stays(tmp_path):
     first = card(drama=(gap("x", -0.02), gap("x", -0.01)))
     path = claims.write(tmp_path, first)
@@ -103,7 +104,6 @@ def test_a_card_is_written_and_what_was_added_by_hand_stays(tmp_path):
     assert "Contradicts: another paper" in path.read_text()
 
 
-@pytest.mark.slow  # matplotlib
 def test_the_table_is_between_its_marks(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("# top\n")
@@ -203,7 +203,6 @@ def boxes_of(figure):
     return [Text.get_window_extent(text) for axes in figure.axes for text in axes.texts]
 
 
-@pytest.mark.slow  # matplotlib
 def test_labels_do_not_collide():
     cards = [with_ladder(f"idea{i}", -0.01 - 0.0005 * i, lambda k: 1.2) for i in range(6)]
     boxes = boxes_of(claims.picture_survival(cards))
@@ -214,7 +213,6 @@ def test_labels_do_not_collide():
     assert list(np.argsort(placed)) == [2, 0, 1, 3]
 
 
-@pytest.mark.slow  # matplotlib
 def test_ladder_and_speedup_show_their_baseline_and_units():
     made = with_ladder("idea", -0.02, lambda k: 1.5)
     figure = claims.picture_ladder(made)
@@ -228,7 +226,6 @@ def test_ladder_and_speedup_show_their_baseline_and_units():
     assert claims.png(figure)[:4] == b"\x89PNG"
 
 
-@pytest.mark.slow  # matplotlib
 def test_tuning_and_time_show_their_baseline_and_the_best():
     made = with_ladder("idea", -0.02, lambda k: 1.5)
     tried = {"losses": {"0.001": 2.1, "0.0015": 2.0, "0.0016": 2.3, "0.1": None}, "best": 0.0015, "is_bracketed": True,

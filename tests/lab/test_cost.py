@@ -14,6 +14,8 @@ from lab import cost
 from model import GPT, GPTConfig
 from train import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 
 def rows(text):
     """{name: its numbers} of the printed table."""
@@ -22,7 +24,6 @@ def rows(text):
             for line in lines}  # fmt: skip
 
 
-@pytest.mark.slow
 def test_the_table_beside_the_twin(shakespeare, tmp_path, capsys):
     words = flags(shakespeare, tmp_path / "new", attn_mode="fhn", use_kan=True, max_iters=100)
     assert run_here(*words, "--cost") == 0

@@ -8,6 +8,8 @@ from lab import bench
 from lab.energy import PICOJOULES, Count, count, silent_share
 from model import GPT, GPTConfig
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "vocab_size": 31, "bias": False}
 C, H = 16, 64
 
@@ -58,7 +60,6 @@ def test_shares_and_refusals():
         count(mixer(use_kan=True))
 
 
-@pytest.mark.slow
 def test_the_command(capsys):
     bench.main(["energy", "--only=start,50%"])
     out = capsys.readouterr().out

@@ -12,11 +12,12 @@ from helpers import ROOT
 from model import GPT, GPTConfig
 from train import TrainConfig, periods
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"r0": 0.1e6, "r1": 0.25e6, "r2": 0.6e6, "r3": 1.3e6, "r4": 4.8e6, "r5": 14.3e6, "r6": 37.9e6}
 BASELINES = {"M0": [], "M1": ["config/presets/modern.py"], "M2": ["config/presets/modern_muon.py"]}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rung", SIZES)
 def test_twenty_bytes_per_parameter(rung):
     first = None

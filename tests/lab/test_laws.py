@@ -9,6 +9,8 @@ from scipy import optimize
 from lab.laws import LEAST_E, fit, speedup
 from lab.stats import benjamini_hochberg, holm, kendall, paired, smallest_effect, welch
 
+pytestmark = pytest.mark.slow
+
 K = np.array([2e6, 5e6, 12e6, 26e6])
 E, A, ALPHA = 1.0, 60.0, 0.28
 
@@ -28,7 +30,6 @@ def test_a_law_is_found_again():
         fit(K[:2], law(K[:2]))
 
 
-@pytest.mark.slow
 def test_one_bad_point_does_not_bend_the_law():
     """Huber: against scipy's robust fit from many starts, with one loss far off."""
     x = np.geomspace(1e6, 1e9, 8)
@@ -56,7 +57,6 @@ def test_the_factor_is_the_multiplier():
 
 
 @pytest.mark.parametrize("multiplier", [1.2, 1.0])
-@pytest.mark.slow
 def test_intervals_cover_what_they_promise(multiplier):
     """500 trials of three seeds: the 95 % interval holds the true factor in 93 to 97 % of the trials and sizes."""
     rng, covered = np.random.default_rng(0), []
@@ -87,7 +87,6 @@ def test_corrections_by_hand():
     assert holm([]) == [] and benjamini_hochberg([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-@pytest.mark.slow
 def test_a_family_of_null_comparisons_is_seldom_called_different():
     rng = np.random.default_rng(1)
     false = [
@@ -106,7 +105,6 @@ def test_kendall_counts_pairs():
     assert kendall(x, np.exp(x), resamples=50) == pytest.approx((1, 1, 1))
 
 
-@pytest.mark.slow
 def test_kendall_tells_a_probe_that_predicts_from_one_that_does_not():
     rng = np.random.default_rng(1)
     gains = rng.normal(size=16)

@@ -9,8 +9,9 @@ from helpers import flags, run_here
 from lab import lengths
 from model import GPT, load_checkpoint
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 @pytest.mark.parametrize("given", [{"pos_embedding": "rope"}, {"pos_embedding": "none", "use_ferope": True,
                                    "use_block_sparse": True, "anchor_min_gap": 5, "anchor_jitter": 3}])  # fmt: skip
 def test_losses_by_position(given, shakespeare, tmp_path, capsys):

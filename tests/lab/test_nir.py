@@ -11,6 +11,8 @@ from lab.nir import main
 from model import GPT, GPTConfig, save_checkpoint
 
 nir = pytest.importorskip("nir")
+
+pytestmark = pytest.mark.slow
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 31}
 
 

@@ -15,6 +15,8 @@ from lab import ablate, identity, rungs
 from lab.ablate import AblateConfig, difference, family, smallest_effect
 from model import GPTConfig
 
+pytestmark = pytest.mark.slow
+
 
 def record(row, seed, loss, lr=1e-3, model="m", loop="l", data="d", dtype="float32"):
     """A committed record; model=None: one from before sources were recorded."""
@@ -184,7 +186,6 @@ def test_comments_and_docstrings_are_no_code():
     assert identity.sha256("def f(x):\n    return x + 2\n") != plain
 
 
-@pytest.mark.slow  # folds the model twice
 def test_a_models_identity_is_of_the_code_that_it_uses(monkeypatch):
     plain = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=65)
     found = identity.source(plain)

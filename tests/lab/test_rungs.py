@@ -8,6 +8,8 @@ from scipy import stats
 from lab import rungs
 from lab.ablate import difference
 
+pytestmark = pytest.mark.slow
+
 
 def record(row, seed, loss, lr=1e-3, parameters=100, recipe="cpu.py"):
     asked = {"row": row, "learning_rate": lr, "seed": seed, "recipe": ["config/train_shakespeare_char_cpu.py"],
@@ -38,7 +40,6 @@ def docs(tmp_path, monkeypatch):
     return tmp_path / "docs"
 
 
-@pytest.mark.slow
 def test_the_table(docs, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("# top\n\n<!-- rungs:start -->\nold\n<!-- rungs:end -->\n\nend\n")

@@ -13,6 +13,8 @@ from lab import ablate, skills
 from lab.skills import SkillsConfig, right_beyond, scores_of, skill_of, table, words_without_positions
 from model import GPT, DecodingState, GPTConfig
 
+pytestmark = pytest.mark.slow
+
 PARITY = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 8, "vocab_size": 2, "bias": False}
 
 
@@ -45,7 +47,6 @@ def test_scores_and_the_table():
     ]
 
 
-@pytest.mark.slow
 def test_pictures_have_a_dot_per_seed_and_name_the_front():
     figure = skills.profile(RECORDS)
     dots = [sum(len(line.get_xdata()) for line in axes.lines[1:]) for axes in figure.axes]
@@ -80,7 +81,6 @@ def test_state_bytes_grow_with_attention_alone():
     assert far > near >= 2 * 4 * 16 * 8 and far >= 2 * 4 * 16 * 64 and sizes["waves"][0] == sizes["waves"][1]
 
 
-@pytest.mark.slow
 def test_rows_without_attention_get_no_positions():
     without = " --pos_embedding=none --qk_norm=False"
     assert words_without_positions("--attn_mode=fhn") == "--attn_mode=fhn" + without
@@ -120,7 +120,6 @@ def in_process(monkeypatch):
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.slow
 def test_from_end_to_end(in_process, tmp_path, monkeypatch, capsys):
     """Rates with seed 0, the other seeds at the best one; the next call trains nothing; then the report."""
     monkeypatch.setitem(skills.SKILLS, "parity", skills.Skill(16, 1, 1, 4, rates=(1e-3, 1e-2), longer=(48,)))
@@ -170,7 +169,6 @@ def test_from_end_to_end(in_process, tmp_path, monkeypatch, capsys):
     assert all(docs.joinpath(f"img/skills-{name}.png").stat().st_size > 1000 for name in ("profile", "state"))
 
 
-@pytest.mark.slow
 def test_a_failed_row_is_told(in_process, tmp_path, capsys):
     words = ["bad: --n_kv_head=3", "--quick", "--tasks=parity", "--max_iters=2", f"--out_dir={tmp_path}", "--jobs=1"]
     with pytest.raises(SystemExit, match="1"):

@@ -11,6 +11,8 @@ from lab import slices
 from lab.lengths import open_run
 from lab.slices import SlicesConfig, bins, codes, counts_in, seen_before, slices_of
 
+pytestmark = pytest.mark.slow
+
 
 def test_codes_are_equal_for_equal_grams():
     tokens = np.random.default_rng(0).integers(4, size=(2, 40))
@@ -47,7 +49,6 @@ def test_bins_cover_a_window():
     assert list(bins(8).values()) == [slice(0, 8)]
 
 
-@pytest.mark.slow
 def test_the_table_of_two_runs(shakespeare, trained, tmp_path, capsys):
     """Losses are the model's, slices add up to the whole, and shares of the gain to 1."""
     assert run_here(*flags(shakespeare, tmp_path / "b", max_iters=1)) == 0
@@ -69,7 +70,6 @@ def test_the_table_of_two_runs(shakespeare, trained, tmp_path, capsys):
     assert table["shuffled windows"][0] == "" and float(table["shuffled windows"][1]) > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("words, told", [
     (["--out_dir=nowhere"], "no checkpoint there"),
     (["--gram=1"], "gram=1"),

@@ -22,6 +22,8 @@ torch.set_num_threads(1)
 torch.manual_seed(2)
 import specialised
 
+pytestmark = pytest.mark.slow
+
 given = torch.load(sys.argv[1])
 first = {name: x.clone() for name, x in specialised.GPT().state_dict().items() if torch.is_tensor(x)}
 model = specialised.GPT()
@@ -68,10 +70,7 @@ def same(flags, folder, **how):
     return text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["baseline", *(pytest.param(n, marks=pytest.mark.slow) for n in ("short_conv_waves", "knots"))]
-)
+@pytest.mark.parametrize("name", ["baseline", *(pytest.param(n) for n in ("short_conv_waves", "knots"))])
 def test_computes_the_same(name, tmp_path):
     text = same(VARIANTS[name], tmp_path)
     imports = {line.split()[1].split(".")[0] for line in text.splitlines() if re.match("import |from ", line)}
@@ -83,7 +82,6 @@ def test_computes_the_same(name, tmp_path):
             assert gone not in text
 
 
-@pytest.mark.slow
 def test_the_loop_of_the_docstring_runs(tmp_path):
     text = text_of(VARIANTS["baseline"])
     (tmp_path / "specialised.py").write_text(text, encoding="utf-8")
@@ -93,7 +91,6 @@ def test_the_loop_of_the_docstring_runs(tmp_path):
     assert re.match(r"0 4\.\d+\n", out)
 
 
-@pytest.mark.slow
 def test_a_config_file_in_one_command(tmp_path, capsys):
     words = ["config/presets/waves.py", f"--out={tmp_path / 'waves.py'}", "--vocab_size=65"]
     specialise.main(words)
@@ -104,7 +101,6 @@ def test_a_config_file_in_one_command(tmp_path, capsys):
     assert run_alone(tmp_path, script) == "torch.Size([1, 1, 65])\n"
 
 
-@pytest.mark.slow
 def test_kernels_by_reference(capsys):
     specialise.main(["--kernels=reference", "--attn_mode=gla", "--block_size=32", "--n_layer=1"])
     out = capsys.readouterr().out
@@ -120,13 +116,11 @@ def test_errors_are_one_line(words, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_identity_is_the_hash_of_the_file():
     config = GPTConfig(**SIZE)
     assert specialise.identity(config) == hashlib.sha256(specialise.text(config).encode()).hexdigest()
 
 
-@pytest.mark.slow
 def test_only_what_a_row_uses_counts(monkeypatch, tmp_path):
     """A change of the wavelets is none of the baseline's business."""
     path = tmp_path / "model.py"
@@ -142,13 +136,11 @@ def test_only_what_a_row_uses_counts(monkeypatch, tmp_path):
     assert before["baseline"] == after["baseline"] and before["kan"] != after["kan"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(COVERING))
 def test_every_row_computes_the_same(name, tmp_path):
     same(VARIANTS[name], tmp_path)
 
 
-@pytest.mark.slow
 def test_the_chimera_is_short(tmp_path):
     specialise.main(["config/presets/chimera.py", f"--out={tmp_path / 'chimera.py'}"])
     assert len((tmp_path / "chimera.py").read_text(encoding="utf-8").splitlines()) <= 650

@@ -24,6 +24,8 @@ from helpers import LINES, PATIENCE, ROOT, TrainHere, command_here
 from lab import ablate, claims, trial
 from lab.trial import Place, Stage, TrialConfig, Unit, first_stages, make_plan, seconds_of, units_of, values_wanted
 
+pytestmark = pytest.mark.slow
+
 RUNG = """
 n_layer, n_head, n_embd, block_size, bias, dropout = 1, 2, 16, 16, False, 0.0
 batch_size, gradient_accumulation_steps = 4, 1
@@ -183,7 +185,6 @@ def card_in(folder):
     return json.loads((folder / "docs/claims/idea.json").read_text())
 
 
-@pytest.mark.slow
 def test_a_trial_ends_in_a_card(finished):
     folder, said = finished
     assert said.index("planned") < said.index("\nscreen, M0-tiny-lines") < said.index("\ntune, M0-tiny-lines")
@@ -203,7 +204,6 @@ def test_a_trial_ends_in_a_card(finished):
     assert (again.baselines, again.budget, again.confirm_seeds, again.domains) == ("M0", "30m", 3, "lines")
 
 
-@pytest.mark.slow
 def test_the_test_split_is_opened_once_and_by_name(copied, command, in_process):
     before = stamps(copied / "out")
     assert run_here(*command(copied), "--reveal") == 0
@@ -218,14 +218,12 @@ def test_the_test_split_is_opened_once_and_by_name(copied, command, in_process):
     assert "1 look(s) so far" in (copied / "docs/claims/idea.md").read_text()
 
 
-@pytest.mark.slow
 def test_a_test_loss_is_what_an_evaluation_measures(finished, data):
     """On the val split it is the run's own val loss, to the last bit."""
     run = ablate.Run(next((finished[0] / "out/M0-tiny-lines/idea").glob("*-seed100")))
     assert trial.test_loss(run, np.fromfile(data / "lines/val.bin", np.uint16)) == run.loss
 
 
-@pytest.mark.slow
 def test_other_code_is_refused_before_any_work(copied, command, capsys, in_process):
     run = next((copied / "out/M0-tiny-lines/baseline").glob("*-seed100")) / "ablate.json"
     asked = json.loads(run.read_text())
@@ -235,7 +233,6 @@ def test_other_code_is_refused_before_any_work(copied, command, capsys, in_proce
     assert "was trained by other code than this" in capsys.readouterr().err and stamps(copied / "out") == before
 
 
-@pytest.mark.slow
 def test_too_little_time_leaves_out_and_says_so(command, tmp_path, in_process, monkeypatch):
     monkeypatch.setattr(trial, "run_seconds", lambda *args: 60.0)  # as if each took a minute
     assert run_here(*command(tmp_path), "--budget=20s") == 0  # not even a pair of runs: a card of costs alone
@@ -249,7 +246,6 @@ def test_too_little_time_leaves_out_and_says_so(command, tmp_path, in_process, m
     assert isinstance(card["baselines"]["M0"]["screen"], float)
 
 
-@pytest.mark.slow
 def test_a_killed_trial_loses_one_run(command, tmp_path):
     words = [sys.executable, "-m", "lab.trial", *map(str, command(tmp_path))]
     process = subprocess.Popen(words, start_new_session=True, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -280,7 +276,6 @@ def test_costs_of_rows_with_a_decay_of_their_own(command, tmp_path, monkeypatch)
     assert trial.stage_seconds(made, select) == (2 + 3) * 2 / 2  # two seeds of both rows, two at a time
 
 
-@pytest.mark.slow
 def test_weight_decay_and_the_ladders_rates_are_tuned(command, copied, in_process, tmp_path_factory):
     """Both rows by as many trials; what was trained before is used, and the confirmed runs have the chosen values."""
     larger = tmp_path_factory.mktemp("files") / "larger.py"

@@ -7,6 +7,8 @@ import pytest
 
 from lab import watch
 
+pytestmark = pytest.mark.slow
+
 
 def run_in(folder, losses, ms=500.0, max_iters=100):
     """A run's files as train.py writes them: every tenth step a training line, and its validation."""
@@ -47,7 +49,6 @@ def test_a_look_at_two_runs(runs, capsys):
     assert max(heights) == 3.0 and min(heights) == 2.2  # without the untrained model's 4.2
 
 
-@pytest.mark.slow
 def test_other_metrics_and_both_axes_logarithmic(runs, capsys):
     pytest.importorskip("plotext")
     watch.main([str(runs / "slow/lr1-seed0"), "--once", "--metric=loss", "--log_scale"])
@@ -59,7 +60,6 @@ def test_other_metrics_and_both_axes_logarithmic(runs, capsys):
     assert "no curve of nothing yet" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_the_page_loads_itself_again(runs, capsys, tmp_path):
     pytest.importorskip("plotext")
     page = tmp_path / "watch.html"

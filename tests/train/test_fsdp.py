@@ -21,6 +21,8 @@ from model import GPT, GPTConfig, load_checkpoint
 from smoke_test import VARIANTS
 from train import TrainConfig, check_memory_savers
 
+pytestmark = pytest.mark.slow
+
 SHARED = FOUR | {"parallel": "fsdp", "eval_iters": 3}  # an odd number: two batches and one
 REFUSED = [name for name, row in VARIANTS.items() if row.get("htm_meta_strength") or row.get("fa_grape")]
 ROWS = [name for name in VARIANTS if name not in REFUSED]
@@ -37,7 +39,6 @@ def run_rows(optimizer, names):
     return {name: (float(a), float(b), dtype) for name, a, b, dtype in lines}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_two_processes_equal_one_in_every_row(part):
     names = ROWS[part::4]
@@ -49,14 +50,12 @@ def test_two_processes_equal_one_in_every_row(part):
         assert max(a, b) < most, name
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one_under_muon_in_several_rows():
     """Matrices are put together on one process each, made orthogonal there, and handed out again."""
     for name, (a, b, _) in run_rows("muon", TEN).items():
         assert max(a, b) < 1e-9, name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"optimizer": "muon"}, {"token_shift": True, "tie_weights": False}])
 def test_a_run_of_two_processes_equals_one(given, together, shakespeare, tmp_path):
     """Training, clipping, evaluation, best and last checkpoint: all of train.py."""
@@ -74,7 +73,6 @@ def test_a_run_of_two_processes_equals_one(given, together, shakespeare, tmp_pat
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("parallel, n_layer", [("ddp", 2), ("fsdp", 10)])
 def test_with_activation_checkpointing_and_compiled(parallel, n_layer, together, shakespeare, tmp_path):
     """Ten layers: under fsdp blocks share their compiled code, of which torch.compile keeps eight versions."""
@@ -86,7 +84,6 @@ def test_with_activation_checkpointing_and_compiled(parallel, n_layer, together,
     assert_close(tmp_path / "compiled", tmp_path / "one")
 
 
-@pytest.mark.slow
 def test_resume_is_exact_with_dropout(together, shakespeare, tmp_path, monkeypatch):
     given = SHARED | {"dropout": 0.2, "lr_decay_iters": 6}
     monkeypatch.setenv("FLOAT64", "")
@@ -97,7 +94,6 @@ def test_resume_is_exact_with_dropout(together, shakespeare, tmp_path, monkeypat
     assert same(weights(tmp_path / "stopped"), weights(tmp_path / "straight"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"optimizer": "muon", "gated_blocks": True}])
 def test_one_process_ddp_and_fsdp_go_on_from_each_other(given, together, shakespeare, tmp_path):
     given = FOUR | given | {"lr_decay_iters": 8, "max_iters": 8, "eval_interval": 2}
@@ -113,7 +109,6 @@ def test_one_process_ddp_and_fsdp_go_on_from_each_other(given, together, shakesp
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-9
 
 
-@pytest.mark.slow
 def test_samples_while_training_and_from_the_checkpoint(together, shakespeare, tmp_path, capsys, monkeypatch):
     stdout = together(*flags(shakespeare, tmp_path, **SHARED, sample_interval=2))
     assert stdout.count("--- a sample at step") == 2
@@ -121,7 +116,6 @@ def test_samples_while_training_and_from_the_checkpoint(together, shakespeare, t
     assert capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_wsds_goes_back_to_its_trunk(together, shakespeare, tmp_path):
     given = SHARED | {"lr_schedule": "wsds", "wsds_horizons": 2, "max_iters": 12, "warmup_iters": 1}
     assert run_alone(*flags(shakespeare, tmp_path / "one", **given)) == 0
@@ -129,7 +123,6 @@ def test_wsds_goes_back_to_its_trunk(together, shakespeare, tmp_path):
     assert_close(tmp_path / "two", tmp_path / "one")
 
 
-@pytest.mark.slow
 def test_a_signal_saves_and_ends(start, shakespeare, tmp_path):
     """Whichever process gets it, and also in the middle of an evaluation, all stop at the same step."""
     data, out = shakespeare, tmp_path
@@ -148,7 +141,6 @@ def wait_for_ranks(process, out):
     return {rank: pid for pid, rank in workers(process).items()}
 
 
-@pytest.mark.slow
 def test_a_process_that_is_killed_is_started_again(shakespeare, tmp_path):
     """torchrun --max_restarts with --init_from=auto: the run goes on from its last checkpoint, by itself."""
     words = flags(shakespeare, tmp_path, **SHARED | {"max_iters": 200, "eval_interval": 10, "init_from": "auto"})
@@ -166,7 +158,6 @@ def test_a_process_that_is_killed_is_started_again(shakespeare, tmp_path):
     assert load_checkpoint(tmp_path / "ckpt_last.pt")["iter_num"] == 200 == len(losses(tmp_path))
 
 
-@pytest.mark.slow
 def test_restarts_that_may_hang_are_refused(shakespeare, tmp_path):
     command = [*TORCHRUN, "--max_restarts=1", ROOT / "train.py", *flags(shakespeare, tmp_path, **SHARED)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -180,7 +171,6 @@ def wait_for_checkpoint(process, out):
     return {rank: pid for pid, rank in workers(process).items()}
 
 
-@pytest.mark.slow
 def test_one_process_under_torchrun_is_a_world_of_one(shakespeare, tmp_path):
     assert run_here(*flags(shakespeare, tmp_path / "one", **FOUR)) == 0
     words = flags(shakespeare, tmp_path / "shared", **FOUR, parallel="fsdp")
@@ -192,7 +182,6 @@ def test_one_process_under_torchrun_is_a_world_of_one(shakespeare, tmp_path):
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "shared"), abs=1e-6)
 
 
-@pytest.mark.slow
 def test_without_torchrun_there_is_nothing_to_share_out(shakespeare, tmp_path, capsys):
     """And so the run is that of one process, to the last bit, and says so."""
     assert run_here(*flags(shakespeare, tmp_path / "ddp")) == 0
@@ -220,7 +209,6 @@ def test_what_is_refused(flags_, cfg, dtype, told):
         check_memory_savers(cfg, model, dtype, SimpleNamespace(device="cpu", control="a group"))
 
 
-@pytest.mark.slow
 def test_a_refusal_is_one_line_and_status_2(start, shakespeare, tmp_path):
     _, _, stderr = finish(start(*flags(shakespeare, tmp_path, **SHARED, htm_meta_strength=0.5)))
     errors = [x for x in stderr.splitlines() if "train.py: error:" in x]
@@ -228,7 +216,6 @@ def test_a_refusal_is_one_line_and_status_2(start, shakespeare, tmp_path):
     assert "exitcode  : 2" in stderr and 'File "' + str(ROOT / "train.py") not in stderr
 
 
-@pytest.mark.slow
 def test_weightless_models_hold_buffers_alone():
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 65}
     for name, row in VARIANTS.items():
@@ -301,7 +288,6 @@ def run_shell(commands, **env):
         assert job.returncode == 0, stdout
 
 
-@pytest.mark.slow
 def test_the_readmes_commands_for_several_machines(shakespeare, tmp_path):
     """On one machine, which plays all of them; NCCL and CUDA are left out, for want of GPUs."""
     two = [c for c in readme_commands("torchrun") if "--nnodes=2" in c]
@@ -313,7 +299,6 @@ def test_the_readmes_commands_for_several_machines(shakespeare, tmp_path):
     assert load_checkpoint(tmp_path / "shared" / "ckpt_last.pt")["iter_num"] == 2
 
 
-@pytest.mark.slow
 def test_the_readmes_slurm_script(shakespeare, tmp_path):
     """With an srun that starts the command twice, as on two nodes, and an scontrol that knows this host alone."""
     script = README.split("    #!/bin/bash\n")[1].split("\n\n")[0].replace("\\\n", "")

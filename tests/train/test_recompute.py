@@ -14,6 +14,8 @@ from model import GPT, GPTConfig, load_checkpoint
 from smoke_test import VARIANTS
 from train import TrainConfig, check_memory_savers
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"block_size": 64, "vocab_size": 65, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
 
@@ -40,7 +42,6 @@ def trained(config, recomputes):
     return seen, [p.detach() for p in model.parameters()], dict(model.named_buffers()), model.measures()
 
 
-@pytest.mark.slow
 @every_row
 def test_same_to_the_last_bit(name):
     """With dropout too: and no count, loss or threshold moves twice."""
@@ -48,7 +49,6 @@ def test_same_to_the_last_bit(name):
     assert same(trained(config, False), trained(config, True))
 
 
-@pytest.mark.slow
 def test_what_counts_in_forward_would_count_twice(monkeypatch):
     """The test above would see it: without the undoing, this row differs (in "bio_adaptive" twice cancels out)."""
     config = GPTConfig(**SIZES | VARIANTS["fhn_partitioned"])
@@ -71,7 +71,6 @@ def test_a_block_keeps_its_input_alone():
     assert kept[1] < kept[0] / 4 and kept[1] >= 6 * stream
 
 
-@pytest.mark.slow
 def test_compiled_it_gives_the_same(shakespeare, tmp_path, cli):
     for name, is_on in (("kept", False), ("again", True)):
         words = flags(shakespeare, tmp_path / name, compile=True, dropout=0.1, activation_checkpointing=is_on)
@@ -90,7 +89,6 @@ def test_compiled_counts_are_refused(name):
         check_memory_savers(TrainConfig(activation_checkpointing=True, compile=True), model, torch.float32, world)
 
 
-@pytest.mark.slow
 def test_a_run_and_its_resume(shakespeare, tmp_path):
     given = {"dropout": 0.1, "lr_decay_iters": 6}
     assert run_here(*flags(shakespeare, tmp_path / "kept", **given)) == 0
