@@ -277,6 +277,7 @@ def test_relations_of_other_heads_are_refused(heads):
         block_sparse_attention(*qkv(2, 3, 12, 16), route)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["q", "k", "v", "bias", "row_bias"])
 def test_forward_mode_inputs_are_refused(which):
     """An operator without a forward-mode formula would return zero tangents without a word."""

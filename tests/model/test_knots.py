@@ -242,6 +242,7 @@ def degenerate_pairs():
     yield "all zero", torch.zeros(8, 3), torch.zeros(8, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, a, b", list(degenerate_pairs()), ids=lambda x: x if isinstance(x, str) else "")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
@@ -472,6 +473,7 @@ def test_partition_beats_greedy_on_random_numbers(k):
     assert ours < theirs / 3
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-1e300, 1e300) | st.integers(-(10**30), 10**30), max_size=20), st.integers(1, 6))
 def test_partition_shape_and_determinism(values, k):

@@ -47,6 +47,7 @@ def test_sum_over_divisors(q, n):
     assert sum(ramanujan_sum(d, n) for d in divisors(q)) == (q if n % q == 0 else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("q", range(1, 13))
 @pytest.mark.parametrize("r", range(1, 13))
 def test_orthogonal_over_a_common_period(q, r):

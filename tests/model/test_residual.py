@@ -241,6 +241,7 @@ def test_the_start():
             assert (res.diagonal(dim1=1, dim2=2) - 0.948).abs().max() < 0.01
 
 
+@pytest.mark.slow
 def test_composite_gain_stays_bounded_over_depth():
     torch.manual_seed(0)
     gains = {}

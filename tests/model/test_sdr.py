@@ -166,6 +166,7 @@ def test_boosting_counts_tokens_once_a_step_and_only_in_training():
     assert torch.equal(m.encoder()[1][2].sort().values, favourite.sort().values) and not m.encoder.counted.any()
 
 
+@pytest.mark.slow
 def test_boosting_spreads_the_load():
     """A few frequent words: with boosting the most used bit is on less often."""
     spread = {}
@@ -432,6 +433,7 @@ def test_compiles_to_one_graph(case):
     assert all(largest(a - b) < 1e-9 for a, b in zip(*grads))
 
 
+@pytest.mark.slow
 def test_works_in_bfloat16(case):
     m, idx = case
     wanted = m.eval()(idx)[0]

@@ -516,6 +516,7 @@ def test_round_trip(tmp_path):
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
+@pytest.mark.slow
 def test_what_a_run_saves(trained):
     checkpoint = load_checkpoint(trained / "ckpt_last.pt")
     assert checkpoint["config"]["learning_rate"] == 1e-3 and checkpoint["meta"]["tokenizer"] == "char"

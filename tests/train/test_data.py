@@ -275,6 +275,7 @@ def shared_gpt2(cache=[]):  # noqa: B006  built once: it takes a second
     return cache[0]
 
 
+@pytest.mark.slow
 def test_gpt2_is_tiktokens_and_special_text_is_text():
     tokenizer = shared_gpt2()
     assert tokenizer.encode("hello world") == [31373, 995] and tokenizer.decode([50256]) == "<|endoftext|>"
@@ -348,6 +349,7 @@ def test_missing_sentencepiece_names_the_package(monkeypatch):
         corpus.build_tokenizer("sentencepiece", VERSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["char", "byte", "gpt2", "sentencepiece"])
 def test_dataset_and_tokenizer_come_back(kind, tmp_path):
     if kind == "gpt2":
@@ -909,6 +911,7 @@ def _stop(progress):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_changed_source_is_not_resumed_but_restarted(owt, tmp_path, monkeypatch, capsys):
     docs = paragraphs(600, words=3)
     args = interrupted(owt, tmp_path, monkeypatch, docs)
@@ -921,6 +924,7 @@ def test_a_changed_source_is_not_resumed_but_restarted(owt, tmp_path, monkeypatc
     check_dataset(tmp_path / "d", expected(owt, changed, corpus.Byte(), 0.5), changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["bins", "progress"])
 def test_damaged_unfinished_work_is_told(owt, damage, tmp_path, monkeypatch, capsys):
     args = interrupted(owt, tmp_path, monkeypatch, paragraphs(600, words=3))

@@ -733,6 +733,7 @@ def test_a_config_file_with_a_byte_order_mark(shakespeare, tmp_path):
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["config"]["max_iters"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
                                    torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")])  # fmt: skip
 def test_out_of_memory_is_one_line(error, shakespeare, tmp_path, monkeypatch, capsys):

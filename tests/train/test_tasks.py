@@ -129,6 +129,7 @@ SOLVERS = {
 every_task = pytest.mark.parametrize("name", TASKS)
 
 
+@pytest.mark.slow
 @every_task
 def test_a_solver_is_always_right(name):
     """It answers what is asked, no more and no less."""
@@ -145,6 +146,7 @@ def test_rows_are_the_seeds_own(name):
     assert all((a == b).all() for a, b in zip(draws[0], draws[1])) and (draws[0][0] != draws[2][0]).any()
 
 
+@pytest.mark.slow
 @every_task
 def test_guessing_is_right_as_often_as_stated(name):
     rng = np.random.default_rng(2)
