@@ -14,6 +14,8 @@ from lab import specialise
 from model import GPTConfig
 from smoke_test import SIZE, VARIANTS, build
 
+pytestmark = pytest.mark.slow
+
 COMPARE = """
 import sys
 import torch
@@ -21,8 +23,6 @@ import torch
 torch.set_num_threads(1)
 torch.manual_seed(2)
 import specialised
-
-pytestmark = pytest.mark.slow
 
 given = torch.load(sys.argv[1])
 first = {name: x.clone() for name, x in specialised.GPT().state_dict().items() if torch.is_tensor(x)}

@@ -120,7 +120,7 @@ def test_a_huggingface_folder_writes_with_its_own_tokenizer(tmp_path, shakespear
     model = GPT.from_pretrained(str(tmp_path / "hf"))
     idx = torch.tensor([own.encode("to be")])
     expected = own.decode(model.generate(idx, 5, temperature=0, known_ids=len(own))[0])
-    assert capsys.readouterr().out.split("\n---")[0].strip() == corpus.visible(expected.replace("<end>", "").strip())
+    assert capsys.readouterr().out.split("\n---")[0].strip() == corpus.visible(expected.replace("<end>", "")).strip()
     assert "its tokens" in refusal(capsys, *flags(shakespeare, tmp_path / "out", init_from=tmp_path / "hf"))
     for file in (tmp_path / "hf").glob("*token*"):
         file.unlink()
