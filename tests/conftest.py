@@ -52,6 +52,15 @@ def pytest_ignore_collect(collection_path, config):
         return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text(encoding="utf-8") or None
 
 
+def pytest_generate_tests(metafunc):
+    """`@every_row`; `make check` does not even make the tests that it would leave out."""
+    if metafunc.definition.get_closest_marker("every_row"):
+        from helpers import QUICK
+        from smoke_test import VARIANTS
+
+        metafunc.parametrize("name", QUICK if metafunc.config.option.markexpr == "not slow" else VARIANTS)
+
+
 def pytest_collection_modifyitems(config, items):
     """`--variant=mhc`: keep the tests whose row it is. A script in a process of its own imports torch: seconds."""
     for item in items:

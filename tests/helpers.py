@@ -16,7 +16,6 @@ import torch
 import train
 from data import corpus
 from data.corpus import DataError
-from smoke_test import VARIANTS
 
 ROOT = Path(train.__file__).resolve().parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -28,10 +27,8 @@ PATIENCE = 600  # seconds until what never comes is a failure: no measure of spe
 COVERING = {"baseline", "ferope_anchored", "knots_and_rings", "kaufmann_pattern", "fhn_and_softmax", "bio_adaptive"}
 COVERING |= {"mfs_l4_regions", "manifold_e7_spectral", "dfa_grape", "mhc_mla", "sdr", "everything_waves"}
 # Those that `make check` runs the cheap contracts on; `make test` takes all rows
-QUICK = {"baseline", "ferope_anchored", "fhn_and_softmax", "bio_adaptive", "dfa_grape", "mhc_mla"}
-every_row = pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
-)
+QUICK = ["baseline", "ferope_anchored", "fhn_and_softmax", "bio_adaptive", "dfa_grape", "mhc_mla"]
+every_row = pytest.mark.every_row  # conftest.py makes one test per row of it
 
 LINES = """\
 HAMLET: To be, or not to be, that is the question:

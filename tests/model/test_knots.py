@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from scipy.integrate import dblquad
 from scipy.spatial.transform import Rotation
 
 from helpers import FIXTURES
@@ -165,8 +164,10 @@ def test_curves_that_meet_are_decided_without_rounding():
 # ---- Gauss integrals ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gauss_integral_by_quadrature():
     """The double integral itself, segment by segment."""
+    from scipy.integrate import dblquad  # here, in a slow test: importing it takes a second
 
     def integral(a, b):
         total = 0.0

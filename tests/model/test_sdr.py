@@ -5,7 +5,6 @@ import math
 from types import SimpleNamespace
 
 import pytest
-import scipy.stats
 import torch
 from hypothesis import given, settings, strategies as st
 
@@ -87,11 +86,13 @@ def test_winners_are_the_largest(rows, groups, extra, data):
 
 @pytest.mark.slow
 def test_false_matches_follow_the_hypergeometric_tail():
+    from scipy import stats  # here, in a slow test: importing it takes a second
+
     n, k, count = 256, 20, 250
     words = SDROperations.pack(random_sets(2 * count, n, k), n)
     overlap = SDROperations.overlap(words[:count, None], words[None, count:]).flatten()  # 62,500 pairs
     for theta in range(1, 7):
-        expected = scipy.stats.hypergeom.sf(theta - 1, n, k, k)
+        expected = stats.hypergeom.sf(theta - 1, n, k, k)
         found = (overlap >= theta).double().mean().item()
         assert abs(found - expected) < 0.03 * expected + 5 * math.sqrt(expected / count**2)
 
@@ -343,6 +344,8 @@ def test_willshaw_is_the_boolean_matrix(B, T, k, cut, seed):
 def test_willshaw_load_curve():
     """After M pairs of random sets a cell is on with p = 1 - (1 - (k / n)^2)^M. A bit that should not come back does
     if each cell of the cue shares one of the c pairs that stored it, c binomial: E[(1 - (1 - k / n)^c)^k]."""
+    from scipy import stats
+
     n, k, T, B = 256, 8, 1100, 4
     keys = random_sets(B * T, n, k).view(B, T, k)
     memory = torch.zeros(B, n, n // 64, dtype=torch.int64)
@@ -359,7 +362,7 @@ def test_willshaw_load_curve():
         assert (bits | ~stored).all()  # what was stored always comes back
         loads.append((bits & ~stored).double().sum(-1).mean().item())
         c = range(M)
-        chance = sum(scipy.stats.binom.pmf(c, M - 1, k / n) * (1 - (1 - k / n) ** torch.tensor(c).numpy()) ** k)
+        chance = sum(stats.binom.pmf(c, M - 1, k / n) * (1 - (1 - k / n) ** torch.tensor(c).numpy()) ** k)
         assert loads[-1] == pytest.approx((n - k) * chance, rel=0.15, abs=0.02)
     assert loads[0] < 0.1 and loads[2] > 5
 
