@@ -21,6 +21,7 @@ if __name__ == "__main__":
         ["precision", "devices"],
     )
 
+import errno
 import json
 import math
 import os
@@ -1069,10 +1070,15 @@ class Log:
         self.write_line(f"step {step}: {losses}")
 
     def write_line(self, text):
-        if self.terminal:
-            self.bar.write(text)  # to stdout; the bar itself is on stderr
-        else:
-            print(text, flush=True)
+        try:
+            if self.terminal:
+                self.bar.write(text)  # to stdout; the bar itself is on stderr, and tqdm minds its terminal
+            else:
+                print(text, flush=True)
+        except OSError as e:  # a terminal that was lost a moment ago: SIGHUP is about to say so
+            if e.errno != errno.EIO or not stat.S_ISCHR(os.fstat(sys.stdout.fileno()).st_mode):
+                raise
+            drop_terminal()
 
     def close(self):
         self.bar.close()

@@ -374,14 +374,15 @@ def flags_class(config):
 
 def pretty_names(body):
     """{unique name: the name in the file}: its last part, with the module's before it where two would be the same."""
-    parts = {name for node in body for name in (*loads(node, set()), *own_names(node)) if "." in name[1:]}
+    loaded = [(loads(node, set()), set(bound(node))) for node in body]
+    parts = {name for (found, _), node in zip(loaded, body) for name in (*found, *own_names(node)) if "." in name[1:]}
     imported = {
         a.asname or a.name for node in body if isinstance(node, ast.Import | ast.ImportFrom) for a in node.names
     }
     found = {}
     for name in sorted(parts, key=lambda n: (not n.startswith("model."), n)):
         module, _, own = name.rpartition(".")
-        hidden = any(name in loads(node, set()) and own in bound(node) for node in body)
+        hidden = any(name in reads and own in names for reads, names in loaded)
         if own in found.values() or own in imported or hidden or own == "GPTConfig":
             prefix = module.rpartition(".")[2]
             own = (

@@ -510,18 +510,23 @@ def test_a_second_signal_quits_at_once(number, shakespeare, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_lost_terminal_saves(shakespeare, tmp_path):
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_lost_terminal_saves(shakespeare, tmp_path, writes):
+    """Whether or not it writes to the terminal before the signal comes."""
     out, env = tmp_path / "out", {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PAUSE_AT": "3"}
     ours, theirs = pty.openpty()
-    words = [sys.executable, DRIVER, *flags(shakespeare, out, max_iters=100)]
+    words = [sys.executable, DRIVER, *flags(shakespeare, out, max_iters=10**6)]
     process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | env)
     os.close(theirs)
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(history(out)) == 5)
     os.close(ours)  # from now on, writing to the terminal is an error
+    if writes:
+        (out / "go").touch()
+        wait_for(lambda: process.poll() is not None or len(history(out)) > 10)
     process.send_signal(signal.SIGHUP)
     (out / "go").touch()
     assert process.wait(timeout=PATIENCE) == 0
-    assert 0 < load_checkpoint(out / "ckpt_last.pt")["iter_num"] < 100
+    assert 0 < load_checkpoint(out / "ckpt_last.pt")["iter_num"] < 10**6
 
 
 def test_nohup_is_respected(shakespeare, tmp_path, monkeypatch):
