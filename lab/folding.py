@@ -64,6 +64,38 @@ def walk(node):
                 stack.append(value)
 
 
+class Transformer(ast.NodeTransformer):
+    """Python's own, but faster: it does not visit contexts and operators, and looks each method up once."""
+
+    @classmethod
+    @cache
+    def visitor(cls, kind):
+        return getattr(cls, f"visit_{kind.__name__}", cls.generic_visit)
+
+    def visit(self, node):
+        return self.visitor(type(node))(self, node)
+
+    def generic_visit(self, node):
+        for name in inner_fields(type(node)):
+            value = getattr(node, name, None)
+            if type(value) is list:
+                value[:] = self.visited(value)
+            elif isinstance(value, ast.AST):
+                setattr(node, name, self.visit(value))
+        return node
+
+    def visited(self, nodes):
+        """What takes the place of a list of nodes: of each none, one or several."""
+        found = []
+        for node in nodes:
+            new = self.visit(node) if isinstance(node, ast.AST) else node
+            if isinstance(new, list):
+                found += new
+            elif new is not None or node is None:
+                found.append(new)
+        return found
+
+
 def is_plain(value):
     return type(value) in PLAIN or (type(value) is tuple and all(is_plain(v) for v in value))
 
@@ -216,7 +248,7 @@ def is_parallel(target, value):
     return not any(isinstance(e, ast.Starred) for x in both for e in x.elts)
 
 
-class Substitution(ast.NodeTransformer):
+class Substitution(Transformer):
     """Names replaced by expressions; a scope that binds one of them again is left alone."""
 
     def __init__(self, mapping):
@@ -472,7 +504,7 @@ class Facts:
 # One pass over the program.
 
 
-class Folder(ast.NodeTransformer):
+class Folder(Transformer):
     """Replaces what is known, bottom up; `cls` is the class, `active` the functions that the visit is inside of."""
 
     def __init__(self, facts):
@@ -1055,7 +1087,7 @@ def follow(body, name, value):
         Substitution({name: value}).visit(statement)
 
 
-class DeadStores(ast.NodeTransformer):
+class DeadStores(Transformer):
     """Drops assignments to what is never read: local `names`, and attributes of self other than `attributes`."""
 
     def __init__(self, is_dead, can_drop):
@@ -1097,14 +1129,18 @@ def fill(node):
 
 
 def drop_locals(function):
-    names = set(read(function)) | {n.target.id for n in walk(function) if is_counter(n)}
-    shared = {name for n in walk(function) if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
-    DeadStores(lambda t: isinstance(t, ast.Name) and t.id not in names | shared, is_pure).visit(function)
+    """Assignments to what a function never reads go, as far as they do nothing else."""
+    needed = set()
+    for part in walk(function):
+        if isinstance(part, ast.Name):
+            if isinstance(part.ctx, ast.Load):
+                needed.add(part.id)
+        elif isinstance(part, ast.AugAssign) and isinstance(part.target, ast.Name):
+            needed.add(part.target.id)
+        elif isinstance(part, ast.Global | ast.Nonlocal):
+            needed.update(part.names)
+    DeadStores(lambda t: isinstance(t, ast.Name) and t.id not in needed, is_pure).visit(function)
     fill(function)
-
-
-def is_counter(node):
-    return isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1352,7 +1388,7 @@ def all_return(node, returns):
     return len(returns) == len(ends) == 2 and all(isinstance(e, ast.Return) for e in ends)
 
 
-class Returned(ast.NodeTransformer):
+class Returned(Transformer):
     """Assignments in place of returns."""
 
     def __init__(self, targets):
@@ -1526,8 +1562,10 @@ def shorten(body, config, roots):
     """The same program with fewer functions and variables, none of which others had to have."""
     before = None
     while before != (before := len(list(functions_in(body)))):
-        Splicer(Facts(body, config), roots).program(body)
-        body = fold(body, config, roots)
+        splicer = Splicer(Facts(body, config), roots)
+        splicer.program(body)
+        if splicer.done:
+            body = fold(body, config, roots)
     for function in functions_in(body):
         function.body = merge_single_uses(function.body, bound(function), read(function))
     return fold(body, config, roots)
