@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import sample
 import train
 from data.corpus import build_tokenizer, write_dataset
-from helpers import LINES, ROOT, flags, gpt2, run_here
+from helpers import LINES, flags, gpt2, run_here
 from lab import export
 from model import GPT, GPTConfig, load_checkpoint
 from smoke_test import VARIANTS, build
@@ -28,9 +28,10 @@ HARD = "na\u00efve \u2581\u2581 caf\u00e9 \u65e5\u672c \U0001f642 \x00\x07\r\n</
 HARD += " don't  123\t\tx \n\n  "
 
 ALONE = """
+import os
 import sys
-folder, case, checkout = sys.argv[1:]
-sys.path = [path for path in sys.path if path != checkout]  # an editable installation put it there
+folder, case = sys.argv[1:]
+sys.path = [path for path in sys.path if not os.path.exists(os.path.join(path, "smoke_test.py"))]  # pip install -e
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,7 +133,7 @@ def test_without_the_checkout(name, tmp_path, monkeypatch):
     model, idx = shaken(name)
     model.export_hf(tmp_path / "hf")
     torch.save({"idx": idx}, tmp_path / "case.pt")
-    command = [sys.executable, "-I", "-c", ALONE, str(tmp_path / "hf"), str(tmp_path / "case.pt"), str(ROOT)]
+    command = [sys.executable, "-I", "-c", ALONE, str(tmp_path / "hf"), str(tmp_path / "case.pt")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found, (logits, loss, text) = torch.load(tmp_path / "case.pt"), expected(model, idx)

@@ -73,6 +73,7 @@ def test_a_run_of_two_processes_equals_one(given, together, shakespeare, tmp_pat
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.xdist_group("compiled")  # one worker's folder of compiled code serves both
 @pytest.mark.parametrize("parallel, n_layer", [("ddp", 1), ("fsdp", 10)])
 def test_with_activation_checkpointing_and_compiled(parallel, n_layer, together, shakespeare, tmp_path):
     """Ten layers: under fsdp blocks share their compiled code, of which torch.compile keeps eight versions."""
