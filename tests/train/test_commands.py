@@ -15,6 +15,8 @@ import pytest
 
 from helpers import LINES, ROOT
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -116,7 +118,6 @@ def run(command, *more, cwd):
     return done.stdout
 
 
-@pytest.mark.slow
 def test_a_walk_through_the_readme(tmp_path, shakespeare):
     (tmp_path / "path/to").mkdir(parents=True)
     for file in ("my.txt", "path/to/my.txt"):

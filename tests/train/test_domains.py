@@ -14,6 +14,8 @@ from data.dataset import TokenDataset
 from helpers import ROOT
 from train import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 
 def documents(count=200):
     rng = random.Random(0)

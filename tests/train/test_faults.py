@@ -32,9 +32,11 @@ from sample import SampleConfig
 from smoke_test import VARIANTS
 from train import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 # hypothesis shrinks and reports; a tier is a number of examples. The folders are shared: each example overwrites them.
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-TIERS = pytest.mark.parametrize("examples", [5, pytest.param(250, marks=pytest.mark.slow)])
+TIERS = pytest.mark.parametrize("examples", [5, pytest.param(250)])
 
 
 def tell(main, words):
@@ -160,7 +162,6 @@ def test_configurations_are_refused_by_name_or_work(examples):
     attempt()
 
 
-@pytest.mark.slow
 @TIERS
 def test_pairs_of_rows_come_back(examples, tmp_path):
     """Two rows merged: refused, or saved, loaded and written with, to the same logits (contract 12)."""
@@ -203,7 +204,7 @@ def outcome(path):
     return checkpoint
 
 
-@pytest.mark.parametrize("flips", [40, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [40, pytest.param(400)])
 def test_flipped_bytes_are_told_or_change_nothing(flips, trained, tmp_path):
     """Anywhere in the file: what the flip reaches of weights, moments or settings is told."""
     whole, path = (trained / "ckpt_last.pt").read_bytes(), tmp_path / "ckpt.pt"
@@ -218,7 +219,6 @@ def test_flipped_bytes_are_told_or_change_nothing(flips, trained, tmp_path):
     assert told > 0.6 * flips  # the rest is padding between records
 
 
-@pytest.mark.slow
 def test_sixty_flipped_bytes_of_weights_and_moments_are_all_told(trained, tmp_path):
     whole, path = (trained / "ckpt_last.pt").read_bytes(), tmp_path / "ckpt.pt"
     rng = random.Random(1)
@@ -261,8 +261,7 @@ SUBSTITUTES = ["gone", None, "x", -1, 0, 2.5, True, math.nan, math.inf, 2**40, [
                torch.zeros(2, 2, dtype=torch.int64), torch.tensor(1.5), "\u65e5" * 100, {"a": [1]}]  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("examples", [5, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [5, pytest.param(300)])
 def test_impossible_contents_of_a_checkpoint(examples, trained, tmp_path):
     """Any value in it replaced by another: train.py and sample.py go on, or refuse it in one line."""
     out = tmp_path / "out"
@@ -320,7 +319,6 @@ TEXTS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", corpus.TOKENIZERS)
 @pytest.mark.parametrize("name", TEXTS)
 def test_texts_of_all_kinds(name, kind, tmp_path, monkeypatch, request):
@@ -373,7 +371,6 @@ def test_hopeless_texts_are_refused():
 # Kills inside the training loop, where the run saves after every step.
 
 
-@pytest.mark.slow
 def test_two_hundred_kills_in_the_loop_lose_nothing(shakespeare, tmp_path, monkeypatch):
     """kill -9 at a random moment between two steps or within one, 200 times over; each run goes on from it.
 
@@ -428,7 +425,6 @@ MEMORIES = {"none": {}, "sdr": {"use_sdr": True, "sdr_size": 64, "sdr_active": 4
 WIRINGS = {"plain": {}, "mhc": {"use_mhc": True}, "mla": {"use_mla": True}, "gated": {"gated_blocks": True}}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mixers", MIXERS)
 @pytest.mark.parametrize("rule", RULES)
 def test_whatever_trains_comes_back(rule, mixers, tmp_path):

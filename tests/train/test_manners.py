@@ -14,6 +14,8 @@ import torch
 from helpers import ROOT, flags
 from model import GPT, GPTConfig
 
+pytestmark = pytest.mark.slow
+
 BARE = """
 import runpy, sys
 for name in {missing!r}:
@@ -31,7 +33,6 @@ def bare(*words, missing=MISSING):
     return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["softmax", "fhn"])
 def test_torch_and_numpy_are_enough_for_a_model_of_characters(mixer, shakespeare, tmp_path):
     position = "none" if mixer == "fhn" else "learned"
@@ -43,7 +44,6 @@ def test_torch_and_numpy_are_enough_for_a_model_of_characters(mixer, shakespeare
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
 def test_a_missing_tokenizer_is_one_line(tmp_path):
     (tmp_path / "own.txt").write_text("To be, or not to be. " * 50)
     words = [tmp_path / "own.txt", "--tokenizer=gpt2", f"--out_dir={tmp_path / 'own'}"]
@@ -51,7 +51,6 @@ def test_a_missing_tokenizer_is_one_line(tmp_path):
     assert done.returncode == 2 and "pip install tiktoken" in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_the_installed_package_has_no_modules(tmp_path):
     """`pip install .` brings dependencies: names such as model, train and data stay out of site-packages."""
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
@@ -106,7 +105,6 @@ def texts(model):
             yield idx, model(idx)[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given", EXPORTED, ids=lambda given: "-".join(map(str, given.values())) or "plain")
 def test_torch_export_with_any_length(given):
     model = small(given)
@@ -118,7 +116,6 @@ def test_torch_export_with_any_length(given):
         torch.testing.assert_close(program.module()(idx)[0], logits, rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given", EXPORTED[:2], ids=["plain", "modern"])
 def test_onnx_with_any_length(given, tmp_path):
     """Waves have none: ONNX knows no operator for their scan (docs/troubleshooting.md)."""

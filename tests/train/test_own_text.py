@@ -15,6 +15,8 @@ from data.dataset import TRAIN, VAL_LOSS, Mixture, TokenDataset, open_dataset, s
 from helpers import error_of, flags, gpt2, losses, run_here
 from train import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 A, B = build_tokenizer("byte").encode("ab")
 VERSE = "So shaken as we are, so wan with care,\nFind we a time for frighted peace to pant.\n"
 
@@ -94,7 +96,6 @@ def test_too_much_text_is_refused_early(tmp_path, monkeypatch):
         prepare.read_text(tmp_path / "a.txt")
 
 
-@pytest.mark.slow
 def test_a_path_is_prepared_once_and_comes_back(tmp_path, monkeypatch, capsys):
     """--dataset=FILE makes a data set of that very text; a changed text makes another, and a resume keeps its own."""
     monkeypatch.setattr(prepare, "OWN", tmp_path / "own")
@@ -149,7 +150,6 @@ def test_all_of_both_val_splits_is_read_once(pair):
     assert counts[A] == 799 and counts[B] == 199
 
 
-@pytest.mark.slow
 def test_a_mixture_trains_and_resumes(pair, tmp_path):
     words = flags(pair / "a", tmp_path / "out", dataset="a:0.5,b:0.5", max_iters=4)
     assert run_here(*words) == 0

@@ -27,6 +27,8 @@ from data.runs import keep_previous, open_metrics
 from helpers import DRIVER, PATIENCE, ROOT, error_of, flags, history, run_here, wait_for
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def dataset(folder, text, kind="char", val=None):
     """A data set of `text` in a new folder."""
@@ -48,7 +50,6 @@ def refusal(capsys, *words):
 # Whose data and whose weights.
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys):
     """As many characters, as many tokens, only others; then the same folder prepared again from another text."""
     here, out = dataset(tmp_path / "one", "abcdefgh \n" * 40), tmp_path / "out"
@@ -67,7 +68,6 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys):
     assert run_here(*again, "--dataset=two") == 0
 
 
-@pytest.mark.slow
 def test_a_checkpoint_from_before_data_id_is_compared_by_what_it_knows(run_folder, shakespeare, tmp_path, capsys):
     checkpoint = load_checkpoint(run_folder / "ckpt_last.pt")
     del checkpoint["data_id"]
@@ -79,7 +79,6 @@ def test_a_checkpoint_from_before_data_id_is_compared_by_what_it_knows(run_folde
     assert run_here(*again) == 0
 
 
-@pytest.mark.slow
 def test_a_new_run_starts_from_another_runs_weights(trained, shakespeare, tmp_path, capsys):
     """Its weights and shape; best loss, step and data order are new. The text may be another, the tokens may not."""
     chars = corpus.load_meta(shakespeare)["chars"]
@@ -113,7 +112,6 @@ def huggingface_folder(folder, vocab_size=300):
     return fast
 
 
-@pytest.mark.slow
 def test_a_huggingface_folder_writes_with_its_own_tokenizer(tmp_path, shakespeare, capsys):
     own = huggingface_folder(tmp_path / "hf")
     sample.main([f"--init_from={tmp_path / 'hf'}", "--start=to be", "--max_new_tokens=5", "--temperature=0"])
@@ -146,7 +144,6 @@ def test_ids_without_a_meaning_are_not_written(tmp_path):
 # Going on: what is kept, what is measured otherwise, what was counted.
 
 
-@pytest.mark.slow
 def test_the_best_loss_is_forgotten_where_it_is_measured_otherwise(run_folder, capsys):
     checkpoint = load_checkpoint(run_folder / "ckpt_last.pt")
     save_checkpoint(run_folder / "ckpt_last.pt", checkpoint | {"best_val_loss": 0.5})
@@ -160,7 +157,6 @@ def test_the_best_loss_is_forgotten_where_it_is_measured_otherwise(run_folder, c
     assert load_checkpoint(run_folder / "ckpt.pt")["iter_num"] >= 6
 
 
-@pytest.mark.slow
 def test_tokens_are_counted_as_seen(shakespeare, tmp_path):
     out = tmp_path / "out"
     assert run_here(*flags(shakespeare, out, max_iters=4)) == 0  # 4 sequences of 16 tokens a step
@@ -222,7 +218,6 @@ def test_nanogpts_own_settings_are_honoured(shakespeare, tmp_path, capsys):
 # Damage in what a checkpoint says.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, told",
     [
@@ -245,7 +240,6 @@ def test_impossible_settings_in_a_checkpoint(change, told, run_folder, capsys):
      {"best_val_loss": "low"}, {"best_val_loss": math.nan}, {"best_val_loss": None}, {"meta": [1]}, {"tokens": "x"},
      {"config": None}, {"config": 5}, {"rng": 5}, {"rng": [{}]}, {"optimizer": None}, {"optimizer": {}}],
 )  # fmt: skip
-@pytest.mark.slow
 def test_impossible_positions_in_a_checkpoint(change, run_folder, capsys):
     save_checkpoint(run_folder / "ckpt_last.pt", load_checkpoint(run_folder / "ckpt_last.pt") | change)
     refusal(capsys, f"--out_dir={run_folder}", "--init_from=resume", "--max_iters=9")
@@ -256,7 +250,6 @@ def test_impossible_positions_in_a_checkpoint(change, run_folder, capsys):
     [{"n_layer": 10**6}, {"n_layer": "2"}, {"attn_mode": 3}, {"vocab_size": 10**9}, {"n_embd": -4}, {"bias": "False"},
      {"block_size": 10**9}, {"bio_omega": math.nan}, {"dropout": math.inf}, {"no_such_flag": 1}],
 )  # fmt: skip
-@pytest.mark.slow
 def test_impossible_flags_in_a_checkpoint(change, run_folder, capsys):
     checkpoint = load_checkpoint(run_folder / "ckpt_last.pt")
     checkpoint["model_args"] |= change
@@ -266,7 +259,6 @@ def test_impossible_flags_in_a_checkpoint(change, run_folder, capsys):
     assert time.monotonic() - start < 30  # not after trying to build a million layers
 
 
-@pytest.mark.slow
 def test_an_optimiser_state_of_other_shapes_never_reaches_the_kernel(run_folder, capsys):
     """A fused AdamW writes past the end of moments that are too short: the process died of it."""
 
@@ -291,7 +283,6 @@ def test_an_optimiser_state_of_other_shapes_never_reaches_the_kernel(run_folder,
 # One run, one directory.
 
 
-@pytest.mark.slow
 def test_two_runs_never_share_a_directory(shakespeare, tmp_path, capsys):
     out, env = tmp_path / "out", {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PAUSE_AT": "2"}
     words = [sys.executable, DRIVER, *flags(shakespeare, out)]
@@ -328,7 +319,6 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
         assert "no locks on this file system" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_earlier_runs_are_kept_however_many(shakespeare, tmp_path, capsys):
     losses = []
     for seed in range(3):
@@ -400,7 +390,6 @@ def test_eval_only_with_nan_is_an_error(run_folder, capsys):
     assert "nan" in refusal(capsys, f"--out_dir={run_folder}", "--init_from=resume", "--eval_only")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_weights_that_are_not_finite_are_never_saved(stopped, shakespeare, tmp_path, monkeypatch, capsys):
     """The loss of the step was still fine; then an evaluation follows, or SIGTERM."""
@@ -452,7 +441,6 @@ def test_an_address_alone_is_nothing(shakespeare, tmp_path, monkeypatch):
     assert history(tmp_path / "out")[-1]["tokens"] == 64  # the whole batch
 
 
-@pytest.mark.slow
 def test_torchrun_tells_an_error_once(shakespeare, tmp_path):
     words = flags(shakespeare, tmp_path / "out", gradient_accumulation_steps=2, batch_size=0)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
@@ -493,7 +481,6 @@ def test_ctrl_c_is_answered_during_an_evaluation(shakespeare, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.slow
 def test_a_second_signal_quits_at_once(number, shakespeare, tmp_path):
     out, env = tmp_path / "out", {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PAUSE_AT": "3"}
     words = [sys.executable, DRIVER, *flags(shakespeare, out)]
@@ -509,7 +496,6 @@ def test_a_second_signal_quits_at_once(number, shakespeare, tmp_path):
     assert run_here(*flags(shakespeare, out, init_from="resume")) == 0  # the lock has gone with it
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("writes", [False, True])
 def test_a_lost_terminal_saves(shakespeare, tmp_path, writes):
     """Whether or not it writes to the terminal before the signal comes."""
@@ -545,7 +531,6 @@ def heed_ctrl_c():
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "smoke_test.py", "lab.ablate", "lab.bench", "prepare"])
-@pytest.mark.slow
 def test_ctrl_c_during_start_up_is_quiet(script, tmp_path):
     """At any moment: while PyTorch is imported, or afterwards."""
     command = {"lab.ablate": ["-m", "lab.ablate"], "lab.bench": ["-m", "lab.bench", "mlp"],
@@ -577,7 +562,6 @@ def test_what_cannot_be_encoded_is_replaced(tmp_path, cli):
         assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
 
 
-@pytest.mark.slow
 def test_a_vocabulary_without_newline(tmp_path, capsys):
     data, out = dataset(tmp_path / "d", "ab cab " * 60), tmp_path / "out"
     assert run_here(*flags(data, out, max_iters=4, sample_interval=2)) == 0
@@ -590,7 +574,6 @@ def test_a_vocabulary_without_newline(tmp_path, capsys):
     assert r"'\n'" in capsys.readouterr().err  # this one was typed
 
 
-@pytest.mark.slow
 def test_escape_sequences_are_shown_not_obeyed(tmp_path, capsys):
     data, out = dataset(tmp_path / "d", "\x1b]0;t\x07\x9b1m\x7f\r" * 60), tmp_path / "out"
     assert run_here(*flags(data, out, max_iters=2, sample_interval=1)) == 0
@@ -607,7 +590,6 @@ def test_escape_sequences_are_shown_not_obeyed(tmp_path, capsys):
 # Paths, values, trackers.
 
 
-@pytest.mark.slow
 def test_paths_as_a_shell_would_write_them(shakespeare, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
@@ -620,7 +602,6 @@ def test_paths_as_a_shell_would_write_them(shakespeare, tmp_path, monkeypatch, c
     assert capsys.readouterr().out.splitlines()[-2].startswith("HAM")
 
 
-@pytest.mark.slow
 def test_what_is_no_file_is_told_at_once(run_folder, shakespeare, tmp_path, capsys):
     """A fifo would wait for a writer; a directory and a loop of links are something else: no hang, no traceback."""
     again = [f"--out_dir={run_folder}", "--init_from=resume", "--max_iters=9"]
@@ -665,7 +646,6 @@ def test_very_long_paths(key, shakespeare, tmp_path, capsys):
         ({"gradient_accumulation_steps": 10**14}, "memory"),
     ],
 )  # fmt: skip
-@pytest.mark.slow
 def test_values_without_sense(given, told, shakespeare, tmp_path, capsys):
     assert told in refusal(capsys, *flags(shakespeare, tmp_path / "out", **given))
 
@@ -696,7 +676,6 @@ class FakeWandb:
         pass
 
 
-@pytest.mark.slow
 def test_wandbs_own_variables_are_respected(shakespeare, tmp_path, monkeypatch, capsys):
     for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -738,7 +717,6 @@ def test_a_config_file_with_a_byte_order_mark(shakespeare, tmp_path):
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["config"]["max_iters"] == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
                                    torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")])  # fmt: skip
 def test_out_of_memory_is_one_line(error, shakespeare, tmp_path, monkeypatch, capsys):

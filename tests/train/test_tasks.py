@@ -18,6 +18,8 @@ from helpers import TIMING, TINY, error_of, flags, history, run_here, same
 from model import GPT, load_checkpoint
 from train import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Solvers: a row of tokens in, {position: answer} out. They share nothing with the generators.
 
@@ -129,7 +131,6 @@ SOLVERS = {
 every_task = pytest.mark.parametrize("name", TASKS)
 
 
-@pytest.mark.slow
 @every_task
 def test_a_solver_is_always_right(name):
     """It answers what is asked, no more and no less."""
@@ -146,7 +147,6 @@ def test_rows_are_the_seeds_own(name):
     assert all((a == b).all() for a, b in zip(draws[0], draws[1])) and (draws[0][0] != draws[2][0]).any()
 
 
-@pytest.mark.slow
 @every_task
 def test_guessing_is_right_as_often_as_stated(name):
     rng = np.random.default_rng(2)
@@ -166,7 +166,6 @@ def test_what_follows_is_what_is_asked():
         assert (idx[:, 1:][asked] == targets[:, :-1][asked]).all() and (targets[:, -1] == -1).all(), name
 
 
-@pytest.mark.slow
 def test_mqar_asks_soon_rather_than_late():
     """The places of the questions have the probabilities (g + 1)^(a - 1); of one pair, a single draw."""
     _, targets = TASKS["mqar"](np.random.default_rng(0), 4000, vocab_size=64, T=18, n=1)
@@ -281,7 +280,6 @@ def test_rows_are_read_whole_with_their_own_targets(rows):
     assert seen == sorted(made["val"][0].tolist())
 
 
-@pytest.mark.slow
 def test_training_measures_accuracy_and_takes_its_sizes_from_the_rows(rows, tmp_path):
     given = {k: v for k, v in TINY.items() if k != "block_size"}
     given |= {"data_dir": rows.parents[1], "dataset": "skills/mqar", "out_dir": tmp_path}
@@ -300,7 +298,6 @@ def test_training_measures_accuracy_and_takes_its_sizes_from_the_rows(rows, tmp_
     assert last["val_accuracy"] == (logits.argmax(-1)[asked] == y[asked]).double().mean().item()
 
 
-@pytest.mark.slow
 def test_resuming_is_exact(rows, tmp_path):
     assert run_here(*run_flags(rows, tmp_path / "a", max_iters=6)) == 0
     assert run_here(*run_flags(rows, tmp_path / "b", max_iters=3, lr_decay_iters=6)) == 0

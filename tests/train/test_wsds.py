@@ -9,6 +9,8 @@ from helpers import flags, run_here
 from model import load_checkpoint
 from train import TrainConfig, lr_at, periods, steps_trained
 
+pytestmark = pytest.mark.slow
+
 
 def config(steps, horizons=3, **given):
     return TrainConfig(
@@ -80,7 +82,6 @@ def straight(shakespeare, tmp_path_factory):
     return out
 
 
-@pytest.mark.slow
 def test_a_horizon_is_a_run_of_that_length(straight, shakespeare, tmp_path):
     """To the last bit, dropout included: data, rates and random numbers are those of a run of its own."""
     found = {line["horizon"]: line for line in evaluations(straight) if "horizon" in line}
@@ -96,8 +97,7 @@ def test_a_horizon_is_a_run_of_that_length(straight, shakespeare, tmp_path):
         assert alone == losses(straight)[:18] + losses(straight)[20 if horizon == 40 else 18 :][: horizon - 18]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [19, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (17, 20, 21, 30))])
+@pytest.mark.parametrize("stop", [19, *(pytest.param(stop) for stop in (17, 20, 21, 30))])
 def test_a_stop_anywhere_changes_nothing(stop, straight, shakespeare, tmp_path):
     assert run_here(*flags(shakespeare, tmp_path, max_iters=stop, **WSDS)) == 0
     assert run_here(f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=42") == 0
@@ -109,7 +109,6 @@ def test_a_stop_anywhere_changes_nothing(stop, straight, shakespeare, tmp_path):
     assert last[0] == last[1]
 
 
-@pytest.mark.slow
 def test_without_the_trunk_there_is_no_way_back(shakespeare, tmp_path, capsys):
     assert run_here(*flags(shakespeare, tmp_path, max_iters=19, **WSDS)) == 0
     (tmp_path / "ckpt_stable.pt").unlink()
