@@ -1,5 +1,6 @@
 """One idea in one file: the same logits, loss and text to the last bit, without this checkout on the path."""
 
+import ast
 import hashlib
 import re
 import shlex
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from helpers import COVERING, ROOT
-from lab import specialise
+from lab import folding, specialise
 from model import GPTConfig
 from smoke_test import SIZE, VARIANTS, build
 
@@ -42,6 +43,33 @@ for folder in sys.argv[1:]:
     found["modules"] = sorted(loaded & {"model", "kernels", "configurator", "data"})
     torch.save(found, f"{folder}/found.pt")
 """
+
+
+PROGRAMS = [ROOT / "model.py", ROOT / "lab" / "folding.py", ROOT / "kernels" / "muon.py"]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_walk_and_transformer_do_what_pythons_do(path):
+    """All nodes but contexts and operators; names that change, statements that go, and such that become two."""
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    left_out = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
+    assert set(folding.walk(tree)) == {node for node in ast.walk(tree) if not isinstance(node, left_out)}
+
+    def changed(kind):
+        class Changed(kind):
+            def visit_Name(self, node):
+                return ast.Name(node.id + "_", node.ctx)
+
+            def visit_Expr(self, node):
+                return None
+
+            def visit_Return(self, node):
+                return [ast.Pass(), self.generic_visit(node)]
+
+        return ast.dump(Changed().visit(ast.parse(text)))
+
+    assert changed(folding.Transformer) == changed(ast.NodeTransformer) != ast.dump(tree)
 
 
 def text_of(flags, **how):
