@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
     [
         ("tests/kernels/test_block_sparse_triton.py", "softmax per_head sigmoid"),
         ("tests/kernels/test_block_sparse_triton.py", "low_precision corners contracts repeats lists"),
-        ("tests/kernels/test_fhn_triton.py", "scans one_step two_steps more_steps"),
+        ("tests/kernels/test_fhn_triton.py", "scans spans one_step two_steps more_steps waves_in_spans"),
         ("tests/kernels/test_fhn_triton.py", "low_precision limits split contracts"),
         ("tests/kernels/test_linear_attention.py", ""),
     ],

@@ -33,7 +33,15 @@ def interpreted(check):
 
 @pytest.mark.parametrize(
     "names",
-    ["scans scan_contracts", "one_step two_steps", "more_steps", "low_precision limits", "split traffic contracts"],
+    [
+        "scans scan_contracts",
+        "spans",
+        "waves_in_spans",
+        "one_step two_steps",
+        "more_steps",
+        "low_precision limits",
+        "split traffic contracts",
+    ],  # fmt: skip
 )
 def test_interpreted(cli, names):
     done = cli("tests/kernels/test_fhn_triton.py", "cpu", *names.split(), env={"TRITON_INTERPRET": "1"})
@@ -55,8 +63,8 @@ def agree(named, what, looser=1):
         assert error < looser * TOLERANCE[ours.dtype], f"{name}: {error:.1e} with {what}"  # a nan fails as well
 
 
-def check_scan(B, T, C, dtype=torch.float32, looser=1, least=0):
-    """least: the lowest decay, -1 for decays of either sign."""
+def check_scan(B, T, C, dtype=torch.float32, looser=1, least=0, span=None):
+    """least: the lowest decay, -1 for decays of either sign; span: positions per program."""
     from kernels.scan_triton import triton_backward, triton_forward
 
     A = (least + (1 - least) * torch.rand(B, T, C)).to(dtype)
@@ -65,12 +73,12 @@ def check_scan(B, T, C, dtype=torch.float32, looser=1, least=0):
     inputs = [x.double().requires_grad_() for x in (A, b, h0)]
     want = scan.reference(*inputs)
     want.backward(grad.double())
-    h = triton_forward(A, b, h0)
+    h = triton_forward(A, b, h0, span)
     assert h.dtype == dtype
-    gradients = triton_backward(grad, A, h, h0)
+    gradients = triton_backward(grad, A, h, h0, span)
     named = {"h": (h, want.detach())}
     named |= {name: (ours, x.grad) for name, ours, x in zip(("dA", "db", "dh0"), gradients, inputs)}
-    agree(named, (B, T, C, dtype), looser)
+    agree(named, (B, T, C, dtype, span), looser)
 
 
 @interpreted
@@ -80,6 +88,36 @@ def scans():
     check_scan(2, 65, 5, least=-1)
     check_scan(1, 70, 5, torch.bfloat16, looser=2)  # the backward reads a rounded h
     check_scan(1, 70, 5, torch.float16, looser=2)
+
+
+@interpreted
+def spans():
+    """Time cut among programs: the same numbers, equal runs, and the bytes that bytes_moved says."""
+    from kernels.scan_triton import CHUNK, bytes_moved, span_length, triton_backward, triton_forward
+
+    for shape, span in (((2, 65, 5), 32), ((1, 129, 9), 64), ((1, 40, 3), 64)):
+        check_scan(*shape, least=-1, span=span)
+    check_scan(1, 70, 5, torch.bfloat16, looser=2, span=32)
+    A, b, h0 = torch.rand(1, 1100, 1), torch.randn(1, 1100, 1), torch.randn(1, 1)  # more spans than positions per chunk
+    want = scan.reference(A.double(), b.double(), h0.double())
+    agree({"h": (triton_forward(A, b, h0, 32), want)}, "35 spans")
+    A, b, h0, grad = torch.rand(2, 70, 5), torch.randn(2, 70, 5), torch.randn(2, 5), torch.randn(2, 70, 5)
+    for dtype in (torch.float32, torch.bfloat16):
+        a, x, first, g = (y.to(dtype) for y in (A, b, h0, grad))
+        h, moved = traffic_of(triton_forward, a, x, first, 32)
+        assert moved == bytes_moved(2, 70, 5, dtype.itemsize, span=32) > bytes_moved(2, 70, 5, dtype.itemsize)
+        gradients, moved = traffic_of(triton_backward, g, a, h, first, 32)
+        assert moved == bytes_moved(2, 70, 5, dtype.itemsize, backward=True, span=32)
+        assert torch.equal(h, triton_forward(a, x, first, 32))
+        assert all(torch.equal(y, z) for y, z in zip(gradients, triton_backward(g, a, h, first, 32)))
+    for (B, T, C), programs in (((1, 32768, 384), 2000), ((1, 2048, 64), 100), ((8, 4096, 128), 2000)):
+        span = span_length(B, T, C, 132)  # a few texts: enough programs, none of them short
+        assert span % CHUNK == 0 and span >= 4 * CHUNK and -(-T // span) * B * -(-C // 8) >= programs
+    for B, T, C in ((64, 256, 384), (1, 200, 384), (1, 32768, 16896), (30, 8192, 384)):
+        assert span_length(B, T, C, 132) == -(-T // CHUNK) * CHUNK  # enough without, or too short
+    for shape, backward, share in (((1, 32768, 384), False, 5 / 3), ((1, 32768, 384), True, 7 / 5)):
+        span, floor = span_length(*shape, 132), bytes_moved(*shape, backward=backward)
+        assert share < bytes_moved(*shape, backward=backward, span=span) / floor < share + 0.02
 
 
 @interpreted
@@ -111,15 +149,15 @@ def medium(B, T, C, dtype=torch.float32, coupling=200.0):
 NAMES = ("d_stimulus", "d_conductance", "dD", "da", "db", "deps")
 
 
-def check(B, T, C, steps, dtype=torch.float32, dt=0.5, with_state=True, coupling=200.0, looser=1):
+def check(B, T, C, steps, dtype=torch.float32, dt=0.5, with_state=True, coupling=200.0, looser=1, span=None):
     from kernels.fhn_triton import saved, triton_backward, triton_forward
 
     inputs, grad = medium(B, T, C, dtype, coupling), torch.randn(B, T, C).to(dtype)
     state = fhn.REST_V + 0.5 * torch.randn(B, steps, C) if with_state else None
-    deviation, new_state, carries = triton_forward(*inputs, dt, steps, state)
+    deviation, new_state, carries = triton_forward(*inputs, dt, steps, state, span)
     empty = saved(B, T, C, steps, deviation)
     assert carries.shape == empty.shape and carries.dtype == empty.dtype and deviation.dtype == dtype
-    gradients = triton_backward(grad, *inputs, dt, steps, carries)
+    gradients = triton_backward(grad, *inputs, dt, steps, carries, span)
     exact = [x.double().requires_grad_() for x in inputs]
     want, last = fhn.reference(*exact, dt, steps, None if state is None else state.double())
     want.backward(grad.double())
@@ -127,7 +165,7 @@ def check(B, T, C, steps, dtype=torch.float32, dt=0.5, with_state=True, coupling
     for name, ours, x in zip(NAMES, gradients, exact):
         assert ours.dtype == (dtype if x.dim() == 3 else torch.float32)
         named[name] = ours, torch.zeros_like(x) if x.grad is None else x.grad
-    agree(named, (B, T, C, steps, dtype), looser)
+    agree(named, (B, T, C, steps, dtype, span), looser)
 
 
 @interpreted
@@ -149,6 +187,26 @@ def more_steps():
     for T, C, steps in ((1, 5, 4), (65, 5, 4), (64, 1, 3), (34, 3, 8)):
         check(2 if T == 1 else 1, T, C, steps)
     check(1, 200, 1, 4)
+
+
+@interpreted
+def waves_in_spans():
+    """Time cut among programs: the same numbers, equal runs, and the bytes that bytes_moved says."""
+    from kernels.fhn_triton import bytes_moved, triton_backward, triton_forward
+
+    for B, T, C, steps, span in ((1, 65, 5, 1, 32), (2, 40, 3, 2, 32), (1, 65, 3, 3, 64)):
+        check(B, T, C, steps, span=span)
+    for B, T, C, steps, dtype in ((2, 33, 3, 1, torch.float32), (1, 65, 5, 3, torch.bfloat16)):
+        inputs = medium(B, T, C, dtype)
+        shape = B, T, C, steps, dtype.itemsize
+        (out, _, carries), moved = traffic_of(triton_forward, *inputs, 0.5, steps, None, 32)
+        assert moved == bytes_moved(*shape, span=32) > bytes_moved(*shape)
+        gradients, moved = traffic_of(triton_backward, out, *inputs, 0.5, steps, carries, 32)
+        assert moved == bytes_moved(*shape, backward=True, span=32)
+        assert all(map(torch.equal, gradients, triton_backward(out, *inputs, 0.5, steps, carries, 32)))
+    for backward, passes in ((False, 7 / 3), (True, 10 / 5)):
+        floor = 32768 * 384 * 4 * (5 if backward else 3)
+        assert passes < bytes_moved(1, 32768, 384, 2, backward=backward, span=256) / floor < passes + 0.1
 
 
 @interpreted
