@@ -41,15 +41,17 @@ PARTS = {  # each part of the modern block: (the row that adds it to M0, the row
     "grouped keys and values": ("n_kv_head", None), "Muon": ("muon", None),
 }  # fmt: skip
 SEARCH = "conv_"  # rows of the search on M2: with a short convolution, and what else the name says
-CONTROLS = (
-    "m3",
-    "short_conv",
-    "token_shift",
-    "value_embeds",
-    "x0_skip",
-    "gla",
-    "gdn",
-)  # what the field would try first
+SEARCH_SHOWN = 8  # of these rows; the others are in results/modern-muon.md
+IN_WORDS = {
+    "bio": "oscillators", "fhn": "waves", "fhn_linear": "waves without the cubic", "kan": "WaveKAN",
+    "mla": "layer aggregation", "hc": "hyper-connections", "mhc": "constrained hyper-connections",
+    "l4": "L4 auto-encoder", "sdr": "sparse codes", "sigmoid": "sigmoid attention", "mfs": "multi-facet softmax",
+    "mlp_topk": "64 of 512 hidden units", "gla": "gated linear attention", "gdn": "gated delta rule",
+    "m3": "all of M3", "short_conv": "convolution over 4 tokens", "token_shift": "token shift",
+    "manifold_spectral": "sphere with spectra", "manifold_e7": "E7's cosets", "kaufmann": "Kaufmann attention",
+    "ramanujan": "Ramanujan positions",
+}  # fmt: skip
+CONTROLS = {"m3", "short_conv", "token_shift", "value_embeds", "x0_skip", "gla", "gdn"}  # the field's first tries
 
 
 @dataclass
@@ -158,7 +160,8 @@ def table(rungs, unbracketed):
         each = found[row]
         sizes = rungs["M2"].get(row) or rungs["M1"][row]
         base = (rungs["M2"] if row in rungs["M2"] else rungs["M1"])[BASELINE]
-        cells = {"idea": row + " (control)" * (row in CONTROLS)}
+        name = f"{IN_WORDS[row]}, `{row}`" if row in IN_WORDS else row
+        cells = {"idea": name + " (control)" * (row in CONTROLS)}
         for rung in rungs:
             cells[f"on {rung}"] = str(each.get(rung, "")) + "*" * (rung in each and row in unbracketed[rung])
         cells |= {"survives": survival(each), "on M2 it is": said[row]}
@@ -185,21 +188,23 @@ def describe(rungs):
         mean, n = statistics.fmean(losses(runs).values()), len({run.seed for run in runs})
         parts.append(f"{rung} {mean:.3f} ({n} seed{'s' * (n > 1)}, learning rate {runs[0].lr:g})")
     return (
-        "Loss of the rungs without any idea, in nats: "
-        + "; ".join(parts)
-        + ". Cells: loss minus the rung's, paired by seed, ± a 95 % t interval. *survives*: the share of the gain on "
-        "M0 that is left on M2. Verdicts need three seeds and Holm's correction over this table; *screened* passes "
-        "Benjamini and Hochberg's q of 0.1 alone, which asks for more seeds and is no result. Every row is at its own "
-        "best learning rate of those tried; \\*: no rate on one side of it was found worse, so that another may be "
-        "better."
+        f"Loss of the rungs without any idea, in nats: {'; '.join(parts)}. Cells: loss minus the rung's, paired by "
+        "seed, ± a 95 % t interval."
     )
 
 
+CELLS_ARE = (
+    "*survives*: the share of the gain on M0 that is left on M2. Verdicts need three seeds and Holm's correction over "
+    "this table; *screened* passes Benjamini and Hochberg's q of 0.1 alone, which asks for more seeds and is no "
+    "result. Every row is at its own best learning rate of those tried; \\*: no rate on one side of it was found "
+    "worse, so that another may be better."
+)
 PARTS_ARE = (
     "Each part of the modern block by itself, added to M0 (at 3e-3) and taken off M1; positive: worse without it."
 )
 SEARCH_IS = (
-    "The search on M2: what else, beside a short convolution, at its rung's rate. One seed selects, three confirm."
+    "The search on M2: what else, beside a short convolution, at its rung's rate. One seed selects, three confirm. Of "
+    "{all} rows the best {shown}; the others: [results/modern-muon.md](results/modern-muon.md)."
 )
 
 
@@ -210,8 +215,11 @@ def main(argv=None):
         rungs = {rung: tuned_rows(cfg.docs, out_dir) for rung, out_dir in RUNGS.items()}
         mixed = mixtures_of(rungs, cfg.mix)
         unbracketed = {rung: open_rows(cfg.docs, out_dir) for rung, out_dir in RUNGS.items()}
-        text = f"{describe(rungs)} {mixed}".rstrip() + "\n\n" + markdown(table(rungs, unbracketed))
-        more = {PARTS_ARE: parts_table(rungs), SEARCH_IS: search_table(rungs)}
+        notes = f"{CELLS_ARE} {mixed}".rstrip()
+        text = "\n\n".join([describe(rungs), markdown(table(rungs, unbracketed)), notes])
+        search = search_table(rungs)
+        told = SEARCH_IS.format(all=len(search), shown=min(SEARCH_SHOWN, len(search)))
+        more = {PARTS_ARE: parts_table(rungs), told: search[:SEARCH_SHOWN]}
         more = "".join(f"\n\n{title}\n\n{markdown(lines)}" for title, lines in more.items() if lines)
         for page, content in ((Path(cfg.readme), text), (Path(cfg.docs) / "results.md", text + more)):
             write_between_marks(page, "rungs", content)

@@ -36,6 +36,7 @@ def docs(tmp_path, monkeypatch):
         if level == 2:
             lines += [record("short_conv", seed, 1.9 + noise[seed]) for seed in range(3)]
             lines += [record("late", 0, 1.5)]
+            lines += [record(f"conv_{i}", 0, 1.9 + i / 100) for i in range(10)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path / "docs"
 
@@ -54,10 +55,16 @@ def test_the_table(docs, tmp_path):
     half = stats.t.ppf(0.975, 2) * 0.001 / 3**0.5
     assert ["idea", f"-0.0990 ± {half:.4f}*", f"-0.0390 ± {half:.4f}", f"-0.0190 ± {half:.4f}*", "19%", "better",
             "1.02x"] in lines  # fmt: skip
-    assert [line[0] for line in lines[2:]] == ["late", "idea", "short_conv (control)"]  # best on M2 first
+    assert [line[0] for line in lines[2:]] == [
+        "late",
+        "idea",
+        "convolution over 4 tokens, `short_conv` (control)",
+    ]  # best on M2 first
     late, control = lines[2], lines[4]
     assert late[5] == "undecided" and control[5] == "worse" and control[1] == control[4] == ""
-    assert (docs / "results.md").read_text().count("rungs:start") == 1
+    more = (docs / "results.md").read_text()
+    assert more.count("rungs:start") == 1 and "Of 10 rows the best 8" in more
+    assert "| 0 | 1.9000 |" in more and "| 7 | 1.9700 |" in more and "| 8 |" not in more and "| 0 |" not in text
 
 
 def test_survival_needs_a_gain():
