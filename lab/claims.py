@@ -442,7 +442,8 @@ def picture_survival(cards):
         axes.annotate(name, (x, end), (2.25, height), color=colour, fontsize=9, va="center", bbox=box, arrowprops=lead)
     axes.set_ylim(min(low, *heights), max(high, *heights) + 0.03 * (high - low))
     axes.set_xticks(range(3), rungs)
-    axes.set(xlim=(-0.2, 2.9), ylabel="loss minus the baseline's, nats per token")
+    longest = max(len(name) for *_, name, _ in ends)
+    axes.set(xlim=(-0.2, 2.35 + 0.052 * longest), ylabel="loss minus the baseline's, nats per token")
     axes.set_title("What is left of an idea on a better baseline", fontsize=10)
     axes.grid(alpha=0.3)
     return figure

@@ -171,11 +171,14 @@ def table(rungs, unbracketed):
 
 
 def drawable(rungs):
-    """What `picture_survival` takes: the rows with an interval on every rung that has them, best on M2 first."""
+    """What `picture_survival` takes: the rows that gain on M0 and have an interval on M2, best there first."""
     found = {row: {r: d for r, d in each.items() if d.half is not None} for row, each in differences(rungs).items()}
-    found = {row: each for row, each in found.items() if {"M0", "M2"} <= each.keys()}
+    found = {row: each for row, each in found.items() if survival(each)}
     return [
-        {"name": row, "baselines": {r: {"select": {"difference": d.mean, "half": d.half}} for r, d in each.items()}}
+        {
+            "name": IN_WORDS.get(row, row),
+            "baselines": {r: {"select": {"difference": d.mean, "half": d.half}} for r, d in each.items()},
+        }
         for row, each in sorted(found.items(), key=lambda item: item[1]["M2"].mean)
     ]
 
