@@ -44,6 +44,7 @@ from kernels.scan_triton import (
     processors_of,
     products,
     put,
+    put_map,
     reduced,
     rows_of,
     scan,
@@ -110,14 +111,6 @@ def solved_before(entering, s, rank, row, channel, C, W: tl.constexpr, N: tl.con
     rows = tl.num_programs(0) // tl.cdiv(C, N)
     at = ((s * rows + row) * tl.num_programs(1) + rank - 1) * C + channel + tl.zeros((W, N), tl.int32)
     return tl.load(entering + at, mask=(channel < C) & (rank > 0), other=0.0)
-
-
-@triton.jit
-def put_map(decays, ends, decay, end, rank, row, channel, site, C):
-    """Store what a span does to the value that enters it: (B, spans, C) each, in the order of the scan."""
-    at = (row * tl.num_programs(1) + rank) * C + channel + tl.zeros(decay.shape, tl.int32)
-    tl.store(decays + at, decay, mask=(channel < C) & (site == 0))
-    tl.store(ends + at, end, mask=(channel < C) & (site == 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -126,6 +126,17 @@ def put(x, rows, at, left, C, L: tl.constexpr):
 
 
 @triton.jit
+def put_map(decays, ends, decay, end, rank, row, channel, site, C):
+    """Store what this span does to the state that enters it, x -> decay x + end: (B, spans, C) each.
+
+    `rank` is the span's number in the order in which the scan visits them.
+    """
+    at = (row * tl.num_programs(1) + rank) * C + channel + tl.zeros(decay.shape, tl.int32)
+    tl.store(decays + at, decay, mask=(channel < C) & (site == 0))
+    tl.store(ends + at, end, mask=(channel < C) & (site == 0))
+
+
+@triton.jit
 def passing(A, left, L: tl.constexpr):
     """A, and 1 where there is no position: with b = 0 the incoming value passes through."""
     rows = ()
@@ -171,10 +182,7 @@ def entering_state(h0, entering, rank, row, channel, C, W: tl.constexpr, N: tl.c
 def ends_kernel(
     A, x, decays, ends, T, C, span, REVERSE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, N: tl.constexpr
 ):
-    """Each span as x -> decay x + end: of h with x = b, or with REVERSE of z (below) with x = grad; (B, spans, C).
-
-    The spans stand in the order in which the scan visits them.
-    """
+    """The map of each span: of h with x = b, or with REVERSE of z (below) with x = grad."""
     row, channel, site = place(C, L, W, N)
     first, stop = span_of(T, span)
     decay, end = tl.full((W, N), 1.0, tl.float32), tl.zeros((W, N), tl.float32)
@@ -192,11 +200,8 @@ def ends_kernel(
         else:
             decay, end = compose(decay, end, decays_too, end_too)
         a_rows, x_rows, left = next_a, next_x, next_left
-    spans = tl.num_programs(1)
-    rank = spans - 1 - tl.program_id(1) if REVERSE else tl.program_id(1)
-    at, mask = (row * spans + rank) * C + channel + tl.zeros((W, N), tl.int32), (channel < C) & (site == 0)
-    tl.store(decays + at, decay, mask=mask)
-    tl.store(ends + at, end, mask=mask)
+    rank = tl.num_programs(1) - 1 - tl.program_id(1) if REVERSE else tl.program_id(1)
+    put_map(decays, ends, decay, end, rank, row, channel, site, C)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
