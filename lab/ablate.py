@@ -508,6 +508,18 @@ def train(cfg, runs):
         run.read()
 
 
+def complete(cfg, runs):
+    """Train them, and wait for those that another process trains; what that one leaves unfinished is gone on with."""
+    train(cfg, runs)
+    while pending := [run for run in runs if not run.is_done and not run.failed]:
+        for run in pending:
+            with open(run.folder / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            run.read()
+        if left := [run for run in pending if not run.is_done and not run.failed]:
+            train(cfg, left)
+
+
 def tune(cfg, rows):
     """{row: its best learning rate with seed 0}, after training rates until a worse one lies on both sides."""
     start = learning_rates(cfg, cfg.recipes)
@@ -517,9 +529,7 @@ def tune(cfg, rows):
             tried[run.row][run.lr] = run.loss
     while wanted := [(row, lr) for row in rows for lr in rates_to_try(tried[row], start)]:
         runs = [prepare(cfg, rows[row], row, lr, 0) for row, lr in wanted]
-        train(cfg, runs)
-        if any(not run.is_done and not run.failed for run in runs):
-            break  # another process is at them
+        complete(cfg, runs)
         for run in runs:
             tried[run.row][run.lr] = run.loss if run.is_done else math.inf
     return {row: min(tried[row], key=tried[row].get) for row in rows if tried[row]}

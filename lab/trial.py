@@ -452,11 +452,8 @@ class OutOfTime(Exception):
 
 
 def finish(cfg, runs):
-    """Train them, and wait for those that another process trains. Failed ones are tried once."""
-    ablate.train(cfg, [run for run in runs if not run.is_done])
-    while pending := [run for run in runs if not run.is_done and not run.failed]:
-        time.sleep(2)
-        ablate.train(cfg, pending)
+    """Train those that are not finished, here or in another process. Failed ones are tried once."""
+    ablate.complete(cfg, [run for run in runs if not run.is_done])
 
 
 def train_pairs(trial, stage):

@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from html.parser import HTMLParser
@@ -224,6 +225,34 @@ def test_tuned_column(recipe, tmp_path, in_process):
     assert (tuned["lr"], tuned["rate"], tuned["verdict"]) == (f"{best:g}", "tuned", "2 seeds")
     losses = [Run(out / "bias" / f"lr{best:g}-seed{seed}").loss for seed in (0, 1)]
     assert table_under(text, "Loss, tuned")["bias"]["val loss"].startswith(f"{statistics.fmean(losses):.4f}")
+
+
+def test_tuning_waits_for_the_rates_that_another_process_trains(recipe, tmp_path, in_process, monkeypatch, capsys):
+    """The best rate is that of all, so that other seeds are trained there alone."""
+    out, hidden = tmp_path / "out-shared", tmp_path / "metrics.jsonl"
+    words = [config(tmp_path, "baseline"), f"--recipe={recipe()}", "--tune", f"--out_dir={out}"]
+    assert run_here(*words, "--seeds=1", "--learning_rates=0.1") == 0
+    run = min(find_runs(AblateConfig(out_dir=str(out))), key=lambda run: run.loss)
+    best = run.folder
+    (best / "metrics.jsonl").rename(hidden)
+    with open(best / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def end():
+            hidden.rename(best / "metrics.jsonl")
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        def start(cfg, run, before=ablate.start):
+            process = before(cfg, run)
+            if process is None:  # the other one needs half a second more
+                threading.Timer(0.5, end).start()
+            return process
+
+        monkeypatch.setattr(ablate, "start", start)
+        capsys.readouterr()
+        assert run_here(*words, "--seeds=2", f"--learning_rates={run.lr}") == 0
+    assert capsys.readouterr().out.count("is being trained by another process") == 1
+    assert [path.name for path in out.glob("baseline/*-seed1")] == [best.name.replace("seed0", "seed1")]
 
 
 def test_rates_are_tried_until_worse_ones_lie_on_both_sides():
