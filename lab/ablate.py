@@ -1069,10 +1069,12 @@ def time_rows(cfg, runs):
         for row in [BASELINE, *sorted(first.keys() - {BASELINE})]:
             if row in found or first[row].asked["settings"].get("curriculum"):  # a step of varying length
                 continue
-            both = {
-                name: partial(bench.our_step, first[name].changed_args, first[name].asked["settings"]["batch_size"],
-                              "cpu", folder, "auto") for name in (BASELINE, row)
-            }  # fmt: skip
+            both = {}
+            for name in (BASELINE, row):
+                flags, settings = first[name].changed_args, first[name].asked["settings"]
+                optimizer = settings.get("optimizer", "adamw")  # Muon's own work is in both steps
+                both[name] = partial(bench.our_step, flags, settings["batch_size"], "cpu", folder, "auto",
+                                     optimizer=optimizer)  # fmt: skip
             steps = {name: partial(measure.repeat, make(), 5) for name, make in both.items()}
             measured = measure.speeds(measure.interleave(steps, 11, "cpu"))[-1]
             found[row] = {k: round(measured[k], 4) for k in ("speed", "low", "high")}

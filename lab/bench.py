@@ -114,8 +114,8 @@ def trainer_step(model, batch, device, folder, dtype, compiles=False, optimizer=
     return lambda: trainer.step()[0].item()
 
 
-def our_step(flags, batch, device, folder, dtype, compiles=False):
-    return trainer_step(GPT(GPTConfig(**flags)), batch, device, folder, dtype, compiles)
+def our_step(flags, batch, device, folder, dtype, compiles=False, optimizer="adamw"):
+    return trainer_step(GPT(GPTConfig(**flags)), batch, device, folder, dtype, compiles, optimizer)
 
 
 def muon_step(flags, batch, device, folder, dtype, row):
