@@ -270,8 +270,8 @@ def backward_kernel(
 CHUNK = 32  # positions
 SIZES = {"L": 8, "W": 4, "N": 8}  # W N = 32 lanes, L W = CHUNK
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-WARPS = 16  # per multiprocessor, with which the memory is about as busy as it gets
-SHORTEST = 4 * CHUNK  # positions of a span: shorter ones cost more in launches than they gain
+WARPS = 16  # programs per multiprocessor that spans should give; chosen, not yet measured on a GPU
+SHORTEST = 4 * CHUNK  # least number of positions in a span; chosen, not yet measured on a GPU
 
 
 def check_dtypes(*tensors):

@@ -41,7 +41,7 @@ PARTS = {  # each part of the modern block: (the row that adds it to M0, the row
     "grouped keys and values": ("n_kv_head", None), "Muon": ("muon", None),
 }  # fmt: skip
 SEARCH = "conv_"  # rows of the search on M2: with a short convolution, and what else the name says
-SEARCH_SHOWN = 8  # of these rows; the others are in results/modern-muon.md
+SEARCH_SHOWN = 8  # so many of these rows are shown, the best ones; all are in results/modern-muon.md
 IN_WORDS = {
     "bio": "oscillators", "fhn": "waves", "fhn_linear": "waves without the cubic", "kan": "WaveKAN",
     "mla": "layer aggregation", "hc": "hyper-connections", "mhc": "constrained hyper-connections",

@@ -35,13 +35,13 @@ def interpreted(check):
     "names",
     [
         "scans scan_contracts",
-        "spans",
-        "waves_in_spans",
+        "spans span_traffic",
+        "waves_in_spans wave_span_traffic",
         "one_step two_steps",
         "more_steps",
         "low_precision limits",
         "split traffic contracts",
-    ],  # fmt: skip
+    ],
 )
 def test_interpreted(cli, names):
     done = cli("tests/kernels/test_fhn_triton.py", "cpu", *names.split(), env={"TRITON_INTERPRET": "1"})
@@ -92,8 +92,8 @@ def scans():
 
 @interpreted
 def spans():
-    """Time cut among programs: the same numbers, equal runs, and the bytes that bytes_moved says."""
-    from kernels.scan_triton import CHUNK, bytes_moved, span_length, triton_backward, triton_forward
+    """Time cut among programs: the same numbers, and where time is cut."""
+    from kernels.scan_triton import CHUNK, span_length, triton_forward
 
     for shape, span in (((2, 65, 5), 32), ((1, 129, 9), 64), ((1, 40, 3), 64)):
         check_scan(*shape, least=-1, span=span)
@@ -101,6 +101,18 @@ def spans():
     A, b, h0 = torch.rand(1, 1100, 1), torch.randn(1, 1100, 1), torch.randn(1, 1)  # more spans than positions per chunk
     want = scan.reference(A.double(), b.double(), h0.double())
     agree({"h": (triton_forward(A, b, h0, 32), want)}, "35 spans")
+    for (B, T, C), programs in (((1, 32768, 384), 2000), ((1, 2048, 64), 100), ((8, 4096, 128), 2000)):
+        span = span_length(B, T, C, 132)  # a few texts: enough programs, none of them short
+        assert span % CHUNK == 0 and span >= 4 * CHUNK and -(-T // span) * B * -(-C // 8) >= programs
+    for B, T, C in ((64, 256, 384), (1, 200, 384), (1, 32768, 16896), (30, 8192, 384)):
+        assert span_length(B, T, C, 132) == -(-T // CHUNK) * CHUNK  # enough without, or too short
+
+
+@interpreted
+def span_traffic():
+    """The bytes are what bytes_moved says, and two runs are equal."""
+    from kernels.scan_triton import bytes_moved, span_length, triton_backward, triton_forward
+
     A, b, h0, grad = torch.rand(2, 70, 5), torch.randn(2, 70, 5), torch.randn(2, 5), torch.randn(2, 70, 5)
     for dtype in (torch.float32, torch.bfloat16):
         a, x, first, g = (y.to(dtype) for y in (A, b, h0, grad))
@@ -110,11 +122,6 @@ def spans():
         assert moved == bytes_moved(2, 70, 5, dtype.itemsize, backward=True, span=32)
         assert torch.equal(h, triton_forward(a, x, first, 32))
         assert all(torch.equal(y, z) for y, z in zip(gradients, triton_backward(g, a, h, first, 32)))
-    for (B, T, C), programs in (((1, 32768, 384), 2000), ((1, 2048, 64), 100), ((8, 4096, 128), 2000)):
-        span = span_length(B, T, C, 132)  # a few texts: enough programs, none of them short
-        assert span % CHUNK == 0 and span >= 4 * CHUNK and -(-T // span) * B * -(-C // 8) >= programs
-    for B, T, C in ((64, 256, 384), (1, 200, 384), (1, 32768, 16896), (30, 8192, 384)):
-        assert span_length(B, T, C, 132) == -(-T // CHUNK) * CHUNK  # enough without, or too short
     for shape, backward, share in (((1, 32768, 384), False, 5 / 3), ((1, 32768, 384), True, 7 / 5)):
         span, floor = span_length(*shape, 132), bytes_moved(*shape, backward=backward)
         assert share < bytes_moved(*shape, backward=backward, span=span) / floor < share + 0.02
@@ -191,11 +198,16 @@ def more_steps():
 
 @interpreted
 def waves_in_spans():
-    """Time cut among programs: the same numbers, equal runs, and the bytes that bytes_moved says."""
-    from kernels.fhn_triton import bytes_moved, triton_backward, triton_forward
-
+    """Time cut among programs: the same numbers."""
     for B, T, C, steps, span in ((1, 65, 5, 1, 32), (2, 40, 3, 2, 32), (1, 65, 3, 3, 64)):
         check(B, T, C, steps, span=span)
+
+
+@interpreted
+def wave_span_traffic():
+    """The bytes are what bytes_moved says, and two runs are equal."""
+    from kernels.fhn_triton import bytes_moved, triton_backward, triton_forward
+
     for B, T, C, steps, dtype in ((2, 33, 3, 1, torch.float32), (1, 65, 5, 3, torch.bfloat16)):
         inputs = medium(B, T, C, dtype)
         shape = B, T, C, steps, dtype.itemsize

@@ -304,6 +304,20 @@ def test_speeds_are_measured_or_all_are_logged():
     assert [ablate.is_timed(row, {"relu2": {}}) for row in ("relu2", "baseline", "fhn")] == [True, True, False]
 
 
+def test_a_step_is_timed_with_the_rows_own_optimizer(tmp_path, monkeypatch):
+    def run(row, **settings):
+        return SimpleNamespace(row=row, is_done=True, changed_args={}, asked={"settings": {"batch_size": 2} | settings})
+
+    seen = []
+    monkeypatch.setattr(ablate.bench, "our_step", lambda *args, optimizer: seen.append(optimizer))
+    monkeypatch.setattr(ablate.measure, "interleave", lambda *args: None)
+    monkeypatch.setattr(ablate.measure, "speeds", lambda times: [{"speed": 1.0, "low": 1.0, "high": 1.0}])
+    monkeypatch.setattr(ablate.measure, "in_fresh_process", lambda *args: 1)
+    cfg = AblateConfig(out_dir=str(tmp_path / "out-timed"), docs=str(tmp_path))
+    ablate.time_rows(cfg, [run("baseline"), run("idea", optimizer="muon")])
+    assert seen == ["adamw", "adamw", "muon"]
+
+
 def test_plots_of_many_rows_leave_out_the_worst_tenth():
     assert ablate.ceiling([1.0, 2.0, 37.0]) == (37.0, "")
     assert ablate.ceiling([*(1 + i / 100 for i in range(27)), 5.0, 6.0, 37.0]) == (5.0, ", 2 rows above")
